@@ -1,0 +1,31 @@
+# Sourced by the scripts beside it: creates or reuses .venv and installs what
+# requirements.txt lists. PYTHON=python3.12 chooses the interpreter of a new .venv.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ ! -x .venv/bin/python ]; then
+  python="${PYTHON:-}"
+  if [ -z "$python" ]; then
+    for candidate in python3 python3.12 python3.13 python3.11 python; do
+      if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python="$candidate"
+        break
+      fi
+    done
+  fi
+  if [ -z "$python" ]; then
+    echo "error: no Python of at least 3.11 is on the PATH; install one or set PYTHON" >&2
+    exit 2
+  fi
+  echo "environment: creating .venv with $("$python" --version)"
+  "$python" -m venv .venv
+fi
+
+# The list that was installed last is kept, so that a second run starts at once.
+if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
+  echo "environment: installing requirements.txt into .venv (a minute or two)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  cp requirements.txt .venv/installed-requirements.txt
+fi
+echo "environment: $(.venv/bin/python --version), JAX $(.venv/bin/python -c \
+  'import importlib.metadata; print(importlib.metadata.version("jax"))')"
