@@ -1,0 +1,209 @@
+"""The network against a plain NumPy SiT, and the ways it can be run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ism_jax.models import sit
+
+SHAPE = (8, 8, 3)
+SMALL = dict(num_classes=5, patch_size=2, hidden_size=32, depth=3, num_heads=2)
+
+
+def _random_params(model, seed=0):
+    """No zeros left, so that every path through the network counts."""
+    params = sit.init_params(model, SHAPE, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    leaves = [leaf + 0.1 * rng.normal(size=leaf.shape).astype('f') for leaf in leaves]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _inputs(batch=4, d=0.0, w=0.0):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(batch, *SHAPE)).astype(np.float32)
+    t = rng.uniform(size=batch).astype(np.float32)
+    label = np.arange(batch) % 6
+    return x, t, np.full(batch, d, 'f'), np.full(batch, w, 'f'), label
+
+
+def _numpy_sit(params, x, t, label, *, patch, heads):
+    """SiT written from its paper, one image and one token loop at a time."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def dense(layer, v):
+        return v @ layer['kernel'] + layer['bias']
+
+    def silu(v):
+        return v / (1 + np.exp(-v))
+
+    def norm(v):
+        centred = v - v.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+
+    def gelu(v):
+        return 0.5 * v * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+
+    width = p['patch_embedding']['bias'].shape[0]
+    side = x.shape[1] // patch
+    outputs = []
+    for image, time, c in zip(x, t, label):
+        tokens = []
+        for i in range(side):
+            for j in range(side):
+                piece = image[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch]
+                position = []
+                for place in (j, i):
+                    omega = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+                    position += [np.sin(place * omega), np.cos(place * omega)]
+                tokens.append(
+                    dense(p['patch_embedding'], piece.ravel())
+                    + np.concatenate(position)
+                )
+        h = np.stack(tokens)
+        omega = np.exp(-np.log(10000.0) * np.arange(128) / 128)
+        angles = 1000 * time * omega
+        features = np.concatenate([np.cos(angles), np.sin(angles)])
+        time_mlp = p['time_embedding']
+        condition = dense(time_mlp['out'], silu(dense(time_mlp['hidden'], features)))
+        condition = silu(condition + p['class_embedding']['embedding'][c])
+        for layer in range(p['blocks']['qkv']['bias'].shape[0]):
+            b = jax.tree.map(lambda a: a[layer], p['blocks'])
+            sa, ca, ga, sm, cm, gm = np.split(dense(b['modulation'], condition), 6)
+            q, k, v = np.split(dense(b['qkv'], norm(h) * (1 + ca) + sa), 3, axis=1)
+            heads_out = []
+            for head in np.split(np.arange(width), heads):
+                logits = q[:, head] @ k[:, head].T / np.sqrt(len(head))
+                weights = np.exp(logits - logits.max(1, keepdims=True))
+                heads_out.append(weights / weights.sum(1, keepdims=True) @ v[:, head])
+            h = h + ga * dense(b['projection'], np.concatenate(heads_out, axis=1))
+            mlp = gelu(dense(b['mlp_in'], norm(h) * (1 + cm) + sm))
+            h = h + gm * dense(b['mlp_out'], mlp)
+        shift, scale = np.split(dense(p['final_modulation'], condition), 2)
+        h = dense(p['final'], norm(h) * (1 + scale) + shift)
+        out = np.zeros_like(image, np.float64)
+        for number, token in enumerate(h):
+            i, j = divmod(number, side)
+            out[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] = (
+                token.reshape(patch, patch, -1)
+            )
+        outputs.append(out)
+    return np.stack(outputs)
+
+
+def test_without_step_and_guidance_it_is_a_sit():
+    model = sit.SiT(**SMALL)
+    params = _random_params(model)
+    x, t, d, w, label = _inputs()
+    ours = model.apply({'params': params}, x, t, d, w, label)
+    theirs = _numpy_sit(params, x, t, label, patch=2, heads=2)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize('d,w', [(0.5, 0.0), (0.0, 1.5)])
+def test_step_and_guidance_start_without_effect_and_can_learn_one(d, w):
+    model = sit.SiT(**SMALL)
+    x, t, d, w, label = _inputs(d=d, w=w)
+    zeros = np.zeros_like(d)
+
+    def effect(params):
+        out = model.apply({'params': params}, x, t, d, w, label)
+        plain = model.apply({'params': params}, x, t, zeros, zeros, label)
+        return float(jnp.abs(out - plain).max())
+
+    fresh = _random_params(model)
+    for name in ('step_embedding', 'guidance_embedding'):
+        fresh[name]['out'] = jax.tree.map(jnp.zeros_like, fresh[name]['out'])
+    assert effect(fresh) == 0 and effect(_random_params(model)) > 1e-3
+    initial = sit.init_params(model, SHAPE, jax.random.key(0))
+    for name in ('step_embedding', 'guidance_embedding'):
+        assert not np.any(initial[name]['out']['kernel'])
+        assert np.any(initial[name]['hidden']['kernel'])
+
+
+def test_guidance_is_continuous_and_steps_are_told_apart():
+    model = sit.SiT(**SMALL)
+    params = _random_params(model)
+
+    def out(d, w):
+        return model.apply({'params': params}, *_inputs(d=d, w=w))
+
+    assert jnp.abs(out(0, 1e-4) - out(0, 0)).max() < 1e-2
+    levels = [out(2.0**-k, 0) for k in range(7)]
+    for a, b in zip(levels, levels[1:]):
+        assert jnp.abs(a - b).max() > 1e-3
+
+
+def test_parameter_counts_of_the_presets():
+    """SiT's table 1: 33M, 130M, 458M, 675M."""
+    expected = {'S/2': 33e6, 'B/2': 130e6, 'L/2': 458e6, 'XL/2': 675e6}
+    for name, count in expected.items():
+        model = sit.SiT(num_classes=1000, **sit.preset(name))
+        measured = sit.num_parameters(model, (32, 32, 4))
+        print(name, f'{measured:,}')
+        # Two small embeddings more than a SiT, and 4 output channels, not 8.
+        assert abs(measured / count - 1) < (0.01 if name == 'XL/2' else 0.03), measured
+    assert set(sit.PRESETS) == {
+        f'{s}/{p}' for s in ('S', 'B', 'L', 'XL') for p in (2, 4, 8)
+    }
+
+
+@pytest.mark.parametrize(
+    'change', [dict(remat='full'), dict(remat='dots'), dict(unroll=3)]
+)
+def test_how_it_is_computed_does_not_change_what(change):
+    base, other = sit.SiT(**SMALL), sit.SiT(**SMALL, **change)
+    assert base != other
+    params = _random_params(base)
+
+    def loss(params, model):
+        out = model.apply({'params': params}, *_inputs(d=0.25, w=1.0))
+        return jnp.sum(jnp.square(out))
+
+    value, grad = jax.value_and_grad(loss)(params, base)
+    value2, grad2 = jax.value_and_grad(loss)(params, other)
+    np.testing.assert_allclose(value, value2, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max() + 1e-6),
+        grad, grad2,
+    )  # fmt: skip
+
+
+def test_remat_recomputes():
+    base, full = sit.SiT(**SMALL), sit.SiT(**SMALL, remat='full')
+    params = _random_params(base)
+
+    def text(model):
+        loss = lambda p: model.apply({'params': p}, *_inputs()).sum()
+        return str(jax.make_jaxpr(jax.grad(loss))(params))
+
+    assert 'remat' in text(full) and 'remat' not in text(base)
+
+
+def test_bfloat16_computes_coarsely_with_float32_parameters():
+    model = sit.SiT(**SMALL, dtype='bfloat16')
+    params = sit.init_params(model, SHAPE, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+    params = _random_params(model)
+    coarse = model.apply({'params': params}, *_inputs())
+    fine = sit.SiT(**SMALL).apply({'params': params}, *_inputs())
+    assert coarse.dtype == jnp.float32
+    error = jnp.abs(coarse - fine).max() / jnp.abs(fine).max()
+    assert 1e-5 < error < 0.1
+
+
+@pytest.mark.parametrize(
+    'shape,change,message',
+    [
+        ((8, 6, 3), {}, 'not square'),
+        ((9, 9, 3), {}, 'patch_size = 2 does not divide'),
+        ((8, 8, 3), dict(num_heads=3), 'num_heads = 3 does not divide'),
+        ((8, 8, 3), dict(hidden_size=34), 'multiple of 4'),
+    ],
+)
+def test_sizes_that_do_not_fit(shape, change, message):
+    with pytest.raises(ValueError, match=message):
+        sit.abstract_params(sit.SiT(**SMALL | change), shape)
+    with pytest.raises(ValueError, match='XXL/2.*choose one of S/2'):
+        sit.preset('XXL/2')
