@@ -1,0 +1,268 @@
+"""From a source to pools of batches, through Grain.
+
+The unit of training is a pool, K batches of M samples, over which transport couples.
+Pool number p is a function of (seed, p) alone: it holds the positions p K M ..
+(p + 1) K M - 1 of an endless stream of epochs, each a fresh permutation of the data.
+So a run can be taken up at any step, by any number of processes.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+# Second word of the key of the flips' random stream. The orders of the epochs use the
+# epoch there, so that the two are never drawn from the same numbers.
+_FLIPS = 2**64 - 1
+# Grain needs an end; no run gets here.
+_LAST_BATCH = 2**40
+
+
+class HostPool(NamedTuple):
+    """This process's part of a pool.
+
+    Attributes:
+      images: [K, M / processes, H, W, C] float32 in [-1, 1].
+      labels: [K, M / processes] int32.
+      number: number of the pool in the run.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    number: int
+
+
+class PoolLoader:
+    """Endless iterator over `HostPool`s, made ahead of time in background threads.
+
+    Each image is used once per epoch. An epoch may end within a pool, and a pool may
+    hold several epochs of a small source.
+
+    Args:
+      source: see `ism_jax.data.sources`.
+      batches: K, batches in a pool.
+      batch_size: M, over all processes.
+      seed: of the order and the flips.
+      flip: flip each image horizontally with probability 1/2, anew in each epoch.
+      process_index, process_count: of each batch, this process holds the
+        `process_index`-th of `process_count` equal parts of consecutive rows.
+      num_threads: threads that read; each reads one batch at a time.
+      prefetch: pools that are read ahead. They wait as uint8.
+
+    Raises:
+      ValueError: an empty source, sizes that do not divide or are out of range.
+    """
+
+    def __init__(
+        self,
+        source,
+        *,
+        batches: int,
+        batch_size: int,
+        seed: int,
+        flip: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_threads: int = 2,
+        prefetch: int = 2,
+    ):
+        for name, value in (
+            ('transport.batches', batches),
+            ('train.batch_size', batch_size),
+            ('process_count', process_count),
+            ('data.num_threads', num_threads),
+            ('data.prefetch', prefetch),
+        ):
+            if value < 1:
+                raise ValueError(f'{name} = {value} must be at least 1; raise it')
+        if not 0 <= seed < 2**64:
+            raise ValueError(f'seed = {seed} must be in 0 .. 2**64 - 1; choose another')
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f'process_index = {process_index} must be in 0 .. {process_count - 1}; '
+                'pass jax.process_index() and jax.process_count()'
+            )
+        if batch_size % process_count:
+            raise ValueError(
+                f'train.batch_size = {batch_size} must be a multiple of the '
+                f'{process_count} processes; the nearest are '
+                f'{batch_size // process_count * process_count or process_count} and '
+                f'{-(-batch_size // process_count) * process_count}'
+            )
+        if not len(source):
+            raise ValueError(f'{source!r} has no images; choose another data.source')
+        self.source = source
+        self._batches = batches
+        self._batch_size = batch_size
+        self._first_row = process_index * batch_size // process_count
+        self._rows = batch_size // process_count
+        self._seed = seed
+        self._flip = flip
+        self._read_options = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=prefetch * batches
+        )
+        self._next_pool = 0
+        # Opened by the first `next`, so that a `seek` before it reads nothing in vain.
+        self._iterator = None
+        self._closed = False
+
+    @property
+    def skipped(self) -> int:
+        """Images that this process could not read and replaced; each counts once.
+
+        The first of them are named in `source.skipped.reasons`.
+        """
+        return len(self.source.skipped)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> HostPool:
+        """The next pool.
+
+        Raises:
+          ValueError: an image or label that the source should not have given; the
+            loader is closed.
+          Exception: whatever the source raised while reading. The pool is not used up:
+            the next call tries it again.
+        """
+        if self._closed:
+            raise ValueError('the PoolLoader is closed; make another one')
+        if self._iterator is None:
+            first = self._next_pool * self._batches
+            dataset = grain.MapDataset.range(first, _LAST_BATCH).map(self._read_batch)
+            self._iterator = iter(dataset.to_iter_dataset(self._read_options))
+        images = np.empty(
+            (self._batches, self._rows, *self.source.image_shape), np.float32
+        )
+        labels = np.empty((self._batches, self._rows), np.int32)
+        try:
+            for k in range(self._batches):
+                pixels, labels[k] = next(self._iterator)
+                np.divide(pixels, np.float32(127.5), out=images[k])
+        except BaseException:
+            # Grain's iterator now stands within a pool.
+            self._stop()
+            raise
+        images -= 1
+        number = self._next_pool
+        self._next_pool += 1
+        return HostPool(images, labels, number)
+
+    def seek(self, number: int) -> None:
+        """Continues with pool `number`.
+
+        Raises:
+          ValueError: a negative number.
+        """
+        if number < 0:
+            raise ValueError(f'pool number = {number} must be at least 0')
+        if number != self._next_pool:
+            self._stop()
+            self._next_pool = int(number)
+
+    def get_state(self) -> dict[str, Any]:
+        """Position ('next_pool') and what it is a position in; JSON-able."""
+        return {
+            'next_pool': self._next_pool,
+            'batches': self._batches,
+            'batch_size': self._batch_size,
+            'seed': self._seed,
+            'flip': self._flip,
+            'source': repr(self.source),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `get_state` was taken, in any number of processes.
+
+        Raises:
+          ValueError: the state is of other data, naming what differs.
+        """
+        own = self.get_state()
+        differing = [
+            f'{name}: {state.get(name)!r} -> {own[name]!r}'
+            for name in own
+            if name != 'next_pool' and state.get(name) != own[name]
+        ]
+        if 'next_pool' not in state:
+            differing.append('next_pool: missing')
+        if differing:
+            raise ValueError(
+                'the data are not those that the checkpoint was trained on: '
+                + '; '.join(differing)
+                + '; restore them or start a new --workdir'
+            )
+        self.seek(state['next_pool'])
+
+    def close(self) -> None:
+        """Ends the background threads; a batch that is being read is finished first."""
+        self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _read_batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """This process's rows of a batch of the run: (uint8 images, labels)."""
+        start = int(number) * self._batch_size + self._first_row
+        images = np.empty((self._rows, *self.source.image_shape), np.uint8)
+        labels = np.empty(self._rows, np.int32)
+        for row, index in enumerate(self._indices(start).tolist()):
+            record = self.source[index]
+            images[row] = self._checked(record, index)
+            labels[row] = record['label']
+        if self._flip:
+            flipped = _coins(self._seed, start, self._rows)
+            images[flipped] = images[flipped, :, ::-1]
+        return images, labels
+
+    def _indices(self, start: int) -> np.ndarray:
+        """Which images stand at the positions `start` .. `start` + rows - 1."""
+        size = len(self.source)
+        epochs, places = np.divmod(start + np.arange(self._rows), size)
+        return np.concatenate(
+            [
+                _permutation(self._seed, int(epoch), size)[places[epochs == epoch]]
+                for epoch in np.unique(epochs)
+            ]
+        )
+
+    def _checked(self, record, index: int) -> np.ndarray:
+        image, label = record['image'], record['label']
+        if image.shape != self.source.image_shape or image.dtype != np.uint8:
+            raise ValueError(
+                f'{self.source!r}: image {index} is {image.dtype} {image.shape}, but '
+                f'uint8 {self.source.image_shape} was promised; repair the source, or '
+                'set data.image_size and data.channels to what it has'
+            )
+        if not 0 <= label < self.source.num_classes:
+            raise ValueError(
+                f'{self.source!r}: image {index} has label {label}, which is not in '
+                f'0 .. {self.source.num_classes - 1}; repair its label or name its '
+                'class'
+            )
+        return image
+
+
+# Vectorised, where Grain's shuffle takes 10 microseconds of Python for each image; and
+# from a bit generator, whose stream NumPy keeps the same in all versions, unlike that
+# of `Generator.permutation`. Two epochs are kept, as a batch may straddle them.
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """[size] order of an epoch, a function of its arguments."""
+    key = np.array([seed, epoch], np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(size), kind='stable')
+    order.flags.writeable = False
+    return order
+
+
+def _coins(seed: int, start: int, count: int) -> np.ndarray:
+    """[count] bool, each a fair function of the seed and its position from `start`."""
+    key = np.array([seed, _FLIPS], np.uint64)
+    # Philox gives 4 words for each value of its counter.
+    counter, skip = divmod(start, 4)
+    words = np.random.Philox(key=key, counter=counter).random_raw(skip + count)
+    return (words[skip:] & np.uint64(1)).astype(bool)
