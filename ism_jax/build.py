@@ -1,0 +1,130 @@
+"""From a config to the parts of training: the one place where configs are unpacked.
+
+What is built here takes arrays and keyword scalars and knows no config.
+"""
+
+import functools
+
+import jax
+from jax.sharding import NamedSharding
+import jax.numpy as jnp
+import numpy as np
+
+from ism_jax import config as config_lib
+from ism_jax import optimizer
+from ism_jax import sharding
+from ism_jax import train_step
+from ism_jax import transport
+from ism_jax import wavelet
+from ism_jax.models import sit
+
+
+def make_model(config, num_classes: int) -> sit.SiT:
+    """The network that the config describes."""
+    return sit.SiT(num_classes=num_classes, **config.model)
+
+
+def apply_model(model: sit.SiT, params, x, t, d, w, label) -> jax.Array:
+    """The network as a function of parameters, as objectives and samplers call it."""
+    return model.apply({'params': params}, x, t, d, w, label)
+
+
+def make_optimizer(config):
+    """AdamW as the config says."""
+    rate = optimizer.learning_rate(
+        peak=config.optimizer.learning_rate,
+        schedule=config.optimizer.schedule,
+        warmup_steps=config.optimizer.warmup_steps,
+        num_steps=config.train.steps,
+    )
+    return optimizer.adamw(
+        rate,
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm,
+    )
+
+
+def make_distance(config, source):
+    """The distance of the losses: error -> values [B] and their parts."""
+    if not config.wavelet.enabled:
+        return squared_error
+    options = dict(wavelet=config.wavelet.name, levels=config.wavelet.levels)
+    weighting = config_lib.parse_weighting(config.wavelet.weighting)
+    variance = None
+    if weighting == 'equal_variance':
+        chosen = np.random.default_rng(config.seed).permutation(len(source))[:2048]
+        images = np.stack([source[int(index)]['image'] for index in chosen])
+        variance = wavelet.target_band_variance(
+            images.astype(np.float32) / 127.5 - 1, **options
+        )
+    weights = wavelet.band_weights(
+        weighting, image_shape=source.image_shape, band_variance=variance, **options
+    )
+    return functools.partial(wavelet_error, weights=weights, **options)
+
+
+def squared_error(error):
+    """Pixel mean squared error, [B, H, W, C] -> [B]."""
+    return jnp.mean(jnp.square(error), axis=(1, 2, 3)), {}
+
+
+def wavelet_error(error, *, weights, levels: int, **options):
+    """`wavelet.wavelet_distance`, with the bands' energies by name."""
+    distance, energies = wavelet.wavelet_distance(
+        error, weights=weights, levels=levels, **options
+    )
+    names = wavelet.band_names(levels)
+    return distance, {f'band_{n}': energies[:, i] for i, n in enumerate(names)}
+
+
+def compiled_step(config, source, mesh, shardings):
+    """`train_step`, compiled for the mesh: (state, pool, seed_key) -> state, metrics.
+
+    The state is donated.
+    """
+    model = make_model(config, len(source.class_names))
+    step = functools.partial(
+        train_step.train_step,
+        apply=functools.partial(apply_model, model),
+        objective=config_lib.make_objective(config, len(source.class_names)),
+        distance=make_distance(config, source),
+        tx=make_optimizer(config),
+        accumulate=config.train.accumulate,
+        target_decay=config.ema.target_decay,
+        infer_decay=config.ema.infer_decay,
+        ema_warmup=config.ema.warmup,
+    )
+    whole = sharding.replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(shardings, pool_shardings(mesh), whole),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+
+
+def make_coupling(config, mesh, num_classes: int):
+    """The compiled coupling of a pool, or None without transport."""
+    options = config.transport
+    if not options.enabled:
+        return None
+    return jax.jit(
+        functools.partial(
+            transport.couple_pool,
+            mesh=mesh,
+            method=options.method,
+            per_class=options.per_class,
+            num_classes=num_classes,
+            epsilon=options.epsilon,
+            max_iterations=options.max_iterations,
+            tolerance=options.tolerance,
+        )
+    )
+
+
+def pool_shardings(mesh) -> train_step.Pool:
+    split = NamedSharding(mesh, sharding.POOL)
+    return train_step.Pool(split, split, split, sharding.replicated(mesh))

@@ -1,0 +1,400 @@
+"""The configuration: every field with its default, and what values are allowed.
+
+A config file (`configs/*.py`) starts from `default()`, changes what it is about and
+says in its docstring what running it should give. `validate` refuses, before anything
+is compiled, what could not work; its messages name the field, the value, what is
+allowed and what to do.
+"""
+
+import json
+import math
+from typing import Any
+
+import ml_collections
+
+from ism_jax import objectives
+from ism_jax import optimizer
+from ism_jax import schedule
+from ism_jax import wavelet
+from ism_jax.models import sit
+
+
+def default() -> ml_collections.ConfigDict:
+    """The paper's method where it is stated, and our choices where it is not.
+
+    Choices that the paper leaves open are marked "open".
+    """
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+
+    c.data = ml_collections.ConfigDict()
+    c.data.source = 'mnist'  # 'mnist', 'fashion_mnist', 'tfds:NAME', 'folder:PATH'
+    c.data.dir = ''  # Where a source looks for its files; '' for its own default.
+    c.data.image_size = 32
+    c.data.channels = 1
+    c.data.flip = False  # Random horizontal flips.
+    c.data.on_corrupt = 'error'  # Or 'skip': counted, replaced by another image.
+    c.data.num_threads = 2
+    c.data.prefetch = 2  # Pools made ahead of time.
+
+    c.model = ml_collections.ConfigDict(sit.preset('XL/2'))
+    c.model.mlp_ratio = 4.0
+    c.model.dtype = 'float32'  # Of the computation; parameters are float32.
+    c.model.remat = 'none'
+    c.model.attention = 'auto'
+    c.model.unroll = 1  # Layers per iteration of the scan.
+
+    c.objective = objective_defaults('ism')
+
+    c.wavelet = ml_collections.ConfigDict()
+    c.wavelet.enabled = True  # False: squared error.
+    c.wavelet.name = 'haar'  # Open: any wavelet of PyWavelets.
+    c.wavelet.levels = 5
+    c.wavelet.weighting = (
+        wavelet.DEFAULT_WEIGHTING
+    )  # Open: a name, or weights 'a,b,..'.
+
+    c.transport = ml_collections.ConfigDict()
+    c.transport.enabled = True
+    c.transport.batches = 32  # K: the pool is K batches.
+    c.transport.method = 'permutation'  # Or 'row_sampling'.
+    c.transport.per_class = True  # Open: see the README on the skew of False.
+    c.transport.epsilon = 0.1  # Open: relative to the cost's standard deviation.
+    c.transport.max_iterations = 200
+    c.transport.tolerance = 0.05  # L1 error of the marginals, which sum to 1.
+
+    c.ema = ml_collections.ConfigDict()
+    c.ema.twin = True  # False: `infer` makes the targets too.
+    c.ema.target_decay = 0.95
+    c.ema.infer_decay = 0.9999
+    c.ema.warmup = True  # Of `infer`.
+
+    c.optimizer = ml_collections.ConfigDict()  # Open; SiT's and SM's habit.
+    c.optimizer.learning_rate = 1e-4
+    c.optimizer.schedule = 'constant'
+    c.optimizer.warmup_steps = 0
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 0.0  # 0 for no clipping.
+
+    c.train = ml_collections.ConfigDict()
+    c.train.steps = 800_000
+    c.train.batch_size = 256  # Global: over all devices and processes.
+    c.train.accumulate = 1  # Parts of a batch whose gradients are averaged.
+    c.train.max_skipped_in_row = 10  # Non-finite steps before the run stops.
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # -1: all devices that `fsdp` leaves.
+    c.mesh.fsdp = 1
+
+    c.log = ml_collections.ConfigDict()
+    c.log.every = 100  # Steps between scalars.
+    c.log.grid_every = 10_000  # Steps between grids of fixed noise; 0 for none.
+    c.log.grid_columns = 10
+    c.log.grid_steps = (1, 4)
+    c.log.grid_guidance = 1.0
+
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every = 10_000
+    c.checkpoint.keep_last = 2
+    c.checkpoint.keep_best = 1
+
+    c.sample = ml_collections.ConfigDict()  # Of grids and scores alike.
+    c.sample.steps = (1, 2, 4, 8, 128)
+    c.sample.guidance = (0.0, 1.0, 2.5)
+    c.sample.batch_size = 100
+
+    c.scores = ml_collections.ConfigDict()
+    c.scores.enabled = True  # Small classifier's Frechet distance and accuracy.
+    c.scores.samples = 1000
+    # Samples, in 4 steps without guidance, that rank a checkpoint by its Frechet
+    # distance when it is saved; 0 ranks checkpoints by their mean loss.
+    c.scores.checkpoint_samples = 0
+    return c
+
+
+def with_argument(config, argument: str) -> ml_collections.ConfigDict:
+    """Applies the argument of `configs/x.py:argument`.
+
+    'runlocal' keeps the method and shrinks the rest to a minute on one CPU, with the
+    digits that come with the installation.
+
+    Raises:
+      ValueError: another argument.
+    """
+    if argument == 'runlocal':
+        config.data.update(source='mnist', channels=1, image_size=32)
+        config.model.update(
+            hidden_size=32, depth=2, num_heads=2, patch_size=8, dtype='float32',
+            remat='none',
+        )  # fmt: skip
+        config.train.update(batch_size=32, steps=20)
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 5)
+        config.transport.batches = 4
+        config.log.update(every=5, grid_every=10)
+        config.checkpoint.every = 10
+        config.sample.update(steps=(1, 2), guidance=(0.0, 1.0), batch_size=50)
+        config.scores.update(samples=100, checkpoint_samples=0)
+    elif argument:
+        raise ValueError(f"config argument {argument!r} is unknown; use ':runlocal'")
+    return config
+
+
+# What may differ when a run is resumed: how long it goes on and what it shows.
+RESUMABLE = (
+    'train.steps',
+    'train.max_skipped_in_row',
+    'data.num_threads',
+    'data.prefetch',
+    'data.dir',
+    'data.on_corrupt',
+    'mesh',
+    'log',
+    'checkpoint',
+    'sample',
+    'scores',
+    'model.remat',
+    'model.attention',
+    'model.unroll',
+)
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Dotted name -> value, of every field."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f'{name}.{rest}': v for rest, v in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """Inverse of `to_json`; lists become tuples, as configs are written."""
+
+    def restore(value):
+        if isinstance(value, dict):
+            return ml_collections.ConfigDict({k: restore(v) for k, v in value.items()})
+        return tuple(value) if isinstance(value, list) else value
+
+    config = restore(json.loads(text))
+    config.lock()
+    return config
+
+
+def differences(old, new) -> tuple[list[str], list[str]]:
+    """Lines 'field: old -> new' for a resumed run: (allowed, refused)."""
+    old, new = flatten(old), flatten(new)
+    allowed, refused = [], []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name):
+            continue
+        line = f'{name}: {old.get(name)!r} -> {new.get(name)!r}'
+        free = any(name == f or name.startswith(f + '.') for f in RESUMABLE)
+        (allowed if free else refused).append(line)
+    return allowed, refused
+
+
+def objective_defaults(name: str) -> ml_collections.ConfigDict:
+    """`config.objective` of a method: its name and its options with their defaults."""
+    return ml_collections.ConfigDict({'name': name, **objectives.options(name)})
+
+
+def make_objective(config, num_classes: int) -> objectives.BaseObjective:
+    """The objective that the config describes.
+
+    Raises:
+      ValueError: an unknown method, a field that is not one of its options, a value
+        that the method refuses.
+    """
+    given = dict(config.objective)
+    cls = objectives.load(given.pop('name'))
+    allowed = objectives.options(config.objective.name)
+    if given.keys() != allowed.keys():
+        raise ValueError(
+            f'config.objective has the fields {sorted(given)}, but the method '
+            f'{config.objective.name!r} has {sorted(allowed)}; start from '
+            f'config.objective = objective_defaults({config.objective.name!r})'
+        )
+    return cls(num_classes=num_classes, **given)
+
+
+def source_options(config) -> dict[str, Any]:
+    """What `data.sources.make_source` takes besides the name."""
+    return dict(
+        image_size=config.data.image_size, channels=config.data.channels,
+        data_dir=config.data.dir, on_corrupt=config.data.on_corrupt,
+    )  # fmt: skip
+
+
+def parse_weighting(text) -> str | list[float]:
+    """A weighting's name, or the numbers of '1,2,3'."""
+    try:
+        return [float(part) for part in str(text).split(',')]
+    except ValueError:
+        return text
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError, naming the field, where the config could not work."""
+    c = config
+    _at_least(
+        c,
+        1,
+        'data.image_size',
+        'data.channels',
+        'data.num_threads',
+        'data.prefetch',
+        'model.patch_size',
+        'model.hidden_size',
+        'model.depth',
+        'model.num_heads',
+        'model.unroll',
+        'train.steps',
+        'train.batch_size',
+        'train.accumulate',
+        'train.max_skipped_in_row',
+        'mesh.fsdp',
+        'log.every',
+        'log.grid_columns',
+        'checkpoint.every',
+        'checkpoint.keep_last',
+        'sample.batch_size',
+        'transport.batches',
+        'transport.max_iterations',
+    )
+    _at_least(
+        c,
+        0,
+        'seed',
+        'optimizer.warmup_steps',
+        'optimizer.weight_decay',
+        'optimizer.clip_norm',
+        'log.grid_every',
+        'checkpoint.keep_best',
+        'scores.checkpoint_samples',
+    )
+    _positive(
+        c,
+        'model.mlp_ratio',
+        'optimizer.learning_rate',
+        'optimizer.eps',
+        'transport.epsilon',
+        'transport.tolerance',
+    )
+    _below_one(c, 'ema.target_decay', 'ema.infer_decay', 'optimizer.b1', 'optimizer.b2')
+    _one_of(c, 'data.on_corrupt', ('error', 'skip'))
+    _one_of(c, 'model.dtype', ('float32', 'bfloat16'))
+    _one_of(c, 'model.remat', tuple(sit.REMAT_POLICIES))
+    _one_of(c, 'model.attention', tuple(sit.ATTENTION_IMPLEMENTATIONS))
+    _one_of(c, 'optimizer.schedule', optimizer.SCHEDULES)
+    _one_of(c, 'transport.method', ('permutation', 'row_sampling'))
+    sit.check_sizes(
+        c.data.image_size,
+        c.data.image_size,
+        c.model.patch_size,
+        c.model.hidden_size,
+        c.model.num_heads,
+    )
+    if c.mesh.data < 1 and c.mesh.data != -1:
+        raise ValueError(
+            f'mesh.data = {c.mesh.data} must be at least 1, or -1 for all devices left'
+        )
+    if c.optimizer.warmup_steps >= c.train.steps:
+        raise ValueError(
+            f'optimizer.warmup_steps = {c.optimizer.warmup_steps} must be less than '
+            f'train.steps = {c.train.steps}'
+        )
+    objective = make_objective(c, num_classes=1)
+    _validate_batch(c, objective)
+    if c.wavelet.enabled:
+        shape = (c.data.image_size, c.data.image_size, c.data.channels)
+        weighting = parse_weighting(c.wavelet.weighting)
+        variance = [1.0] * (1 + 3 * c.wavelet.levels)
+        wavelet.band_weights(
+            weighting,
+            levels=c.wavelet.levels,
+            image_shape=shape,
+            wavelet=c.wavelet.name,
+            band_variance=variance,
+        )
+    for number in (*c.sample.steps, *c.log.grid_steps):
+        schedule.dyadic_schedule(number, objective.finest_steps())
+    check_guidance(objective, (*c.sample.guidance, c.log.grid_guidance))
+    if c.scores.enabled and c.scores.samples < 100:
+        raise ValueError(
+            f'scores.samples = {c.scores.samples} must be at least 100 for a Frechet '
+            'distance; or set scores.enabled = False'
+        )
+
+
+def _validate_batch(c, objective) -> None:
+    """The official shortcut-models code lets these pass in silence."""
+    size, parts = c.train.batch_size, c.train.accumulate
+    multiple = objective.batch_multiple() * parts
+    smallest = objective.min_batch() * parts
+    given = f'train.batch_size = {size} (in train.accumulate = {parts} part(s))'
+    if size < smallest:
+        raise ValueError(
+            f'{given} is too small: with fewer than {smallest} samples some step sizes '
+            f'would never be trained; choose at least {smallest}, or give '
+            'self-consistency a larger share in objective.batch_split'
+        )
+    if size % multiple:
+        raise ValueError(
+            f'{given} must be a multiple of {multiple}, so that it splits exactly as '
+            f'the objective asks; choose {max(smallest, size // multiple * multiple)} '
+            f'or {(size // multiple + 1) * multiple}'
+        )
+
+
+def check_guidance(objective: objectives.BaseObjective, values) -> None:
+    """Raises ValueError for guidance strengths that the network does not learn."""
+    limit = objective.guidance_limit()
+    for w in values:
+        if not 0 <= w <= limit:
+            raise ValueError(
+                f'guidance = {w} must lie in [0, {limit}], the strengths that '
+                'the network is trained for'
+                + ('' if limit else '; this objective trains none, use guidance 0')
+            )
+
+
+def _get(config, name):
+    for part in name.split('.'):
+        config = config[part]
+    return config
+
+
+def _at_least(config, least, *names):
+    for name in names:
+        if not _get(config, name) >= least:
+            raise ValueError(f'{name} = {_get(config, name)} must be at least {least}')
+
+
+def _positive(config, *names):
+    for name in names:
+        value = _get(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f'{name} = {value} must be a positive number')
+
+
+def _below_one(config, *names):
+    for name in names:
+        if not 0 <= _get(config, name) < 1:
+            raise ValueError(f'{name} = {_get(config, name)} must lie in [0, 1)')
+
+
+def _one_of(config, name, allowed):
+    if _get(config, name) not in allowed:
+        raise ValueError(
+            f'{name} = {_get(config, name)!r} must be one of '
+            + ', '.join(map(repr, allowed))
+        )

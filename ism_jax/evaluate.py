@@ -1,0 +1,146 @@
+"""Scores a run: `python -m ism_jax.evaluate --workdir runs/quickstart`.
+
+Frechet distance of a small classifier's features (the classifier is trained once on
+the real images and kept in the workdir) and accuracy of the samples' classes, over
+steps and guidance, from the slow average. Writes `scores.json` into the workdir.
+"""
+
+from collections.abc import Callable, Sequence
+import json
+import operator
+from pathlib import Path
+from typing import Any
+
+from absl import app
+from absl import flags
+import jax
+import numpy as np
+
+from ism_jax import checkpoint
+from ism_jax import command_line
+from ism_jax import config as config_lib
+from ism_jax import sample
+from ism_jax import schedule
+from ism_jax.data import sources
+from ism_jax.metrics import classifier
+from ism_jax.metrics import scores
+from ism_jax.sampler import Sampler
+
+# Real images that are looked at: enough for 64 features, and in memory at once.
+MAX_REAL_IMAGES = 20_000
+
+
+class SampleScorer:
+    """Scores samples against the images of a source.
+
+    Args:
+      source: see `ism_jax.data.sources`.
+      sampler: makes the samples.
+      cache_dir: where the classifier is kept.
+      seed: of the samples' noise and of the choice of real images.
+      show: is told in words what is done.
+
+    Attributes:
+      floor: scores of held-out real images, against the same reference.
+    """
+
+    def __init__(
+        self, source, sampler: Sampler, *, cache_dir, seed: int,
+        show: Callable[[str], Any] = print,
+    ):  # fmt: skip
+        order = np.random.default_rng(seed).permutation(len(source))[:MAX_REAL_IMAGES]
+        records = [source[int(index)] for index in order]
+        images = np.stack([record['image'] for record in records])
+        labels = np.asarray([record['label'] for record in records])
+        self.num_classes = len(source.class_names)
+        features = classifier.load_or_train(
+            images,
+            labels,
+            num_classes=self.num_classes,
+            cache_dir=cache_dir,
+            report=show,
+        )
+        reference, held_out = classifier.split(len(images))
+        statistics = scores.reference_statistics(features, images[reference])
+        self._evaluator = scores.Evaluator(features, statistics)
+        self.floor = self._evaluator.evaluate([(images[held_out], labels[held_out])])
+        self.reference = f'{len(reference):,} real images of {source!r}'
+        self._sampler = sampler
+        self._key = jax.random.key(seed)
+
+    def __call__(self, params, *, steps: int, guidance: float, samples: int) -> dict:
+        """Scores one setting; every class is sampled equally often."""
+        batches = self._sampler.batches(
+            params,
+            self._key,
+            np.arange(samples) % self.num_classes,
+            guidance=guidance,
+            schedule=schedule.dyadic_schedule(steps, self._sampler.base_steps),
+        )
+        record = {'steps': steps, 'guidance': guidance}
+        return record | self._evaluator.evaluate(batches)
+
+
+def evaluate(
+    scorer: SampleScorer,
+    params,
+    *,
+    trained_steps: int,
+    steps: Sequence[int],
+    guidance: Sequence[float],
+    samples: int,
+    workdir,
+    show: Callable[[str], Any] = print,
+) -> list[dict]:
+    """Scores every pair of steps and guidance; shows a table, writes scores.json.
+
+    Records of earlier evaluations stay in the file, but for those of the same cell,
+    number of samples and `trained_steps`, the training steps of `params`.
+    """
+    records = [
+        scorer(params, steps=number, guidance=float(w), samples=samples)
+        | {'trained_steps': trained_steps}
+        for number in steps
+        for w in guidance
+    ]
+    path = Path(workdir) / 'scores.json'
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    cell = operator.itemgetter('trained_steps', 'samples', 'steps', 'guidance')
+    again = {cell(record) for record in records}
+    kept = [record for record in earlier if cell(record) not in again]
+    scores.write_records(path, kept + records)
+    table = scores.format_table(records, floor=scorer.floor, reference=scorer.reference)
+    show(f'\n{table}\n')
+    return records
+
+
+def run_flags():
+    """Does what the command line says."""
+    run = checkpoint.load_run(FLAGS.workdir, FLAGS.step)
+    config = run.config
+    objective = config_lib.make_objective(config, len(run.class_names))
+    steps = sample.parse_numbers(FLAGS.steps, int) or config.sample.steps
+    guidance = sample.parse_numbers(FLAGS.guidance, float) or config.sample.guidance
+    config_lib.check_guidance(objective, guidance)
+    source = sources.make_source(
+        config.data.source, **config_lib.source_options(config)
+    )
+    sampler = Sampler(
+        run.apply, run.image_shape,
+        batch_size=config.sample.batch_size, base_steps=objective.finest_steps(),
+    )  # fmt: skip
+    scorer = SampleScorer(source, sampler, cache_dir=FLAGS.workdir, seed=config.seed)
+    evaluate(
+        scorer, run.params, trained_steps=run.step, steps=steps, guidance=guidance,
+        samples=FLAGS.samples or config.scores.samples, workdir=FLAGS.workdir,
+    )  # fmt: skip
+
+
+if __name__ == '__main__':
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
+    flags.DEFINE_integer('step', None, 'Checkpoint; the latest if not given.')
+    flags.DEFINE_string('steps', '', 'Such as 1,2,4; the config says by default.')
+    flags.DEFINE_string('guidance', '', 'Such as 0,1.5; the config says by default.')
+    flags.DEFINE_integer('samples', 0, 'For each cell; 0: as the config says.')
+    app.run(command_line.main(run_flags))

@@ -1,0 +1,301 @@
+"""Trains a network: `python -m ism_jax.train --config configs/quickstart.py`.
+
+The same command again goes on where the run stopped.
+
+`--config.train.batch_size=128` overrides a field of the config. Its sections are data,
+model, objective, wavelet, transport, ema, optimizer, train, mesh, log, checkpoint,
+sample and scores; `ism_jax/config.py` lists the fields with what they mean, and
+`ism_jax/objectives/` those of each objective. `configs/fashion_mnist.py:runlocal` keeps
+the method of a config and shrinks the rest to a minute on a CPU.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+import numpy as np
+
+from ism_jax import build
+from ism_jax import checkpoint
+from ism_jax import command_line
+from ism_jax import config as config_lib
+from ism_jax import progress
+from ism_jax import schedule
+from ism_jax import sharding
+from ism_jax import train_state
+from ism_jax import train_step
+from ism_jax.data import pipeline
+from ism_jax.data import sources
+from ism_jax.evaluate import SampleScorer, evaluate
+from ism_jax.models import sit
+from ism_jax.sampler import Sampler
+
+
+class NonFiniteError(RuntimeError):
+    """Training stopped, because step after step was not finite."""
+
+
+def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
+    """Trains as the config says, from the latest checkpoint in `workdir` if any.
+
+    Leaves in `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/` and
+    `scores.json`.
+
+    Raises:
+      ValueError: a config, data or a resumed run that could not work.
+      NonFiniteError: `train.max_skipped_in_row` steps in a row were not finite.
+    """
+    workdir = Path(workdir)
+    config_lib.validate(config)
+    allowed_changes = check_resumable(config, workdir)
+
+    source = sources.make_source(
+        config.data.source, **config_lib.source_options(config)
+    )
+    num_classes = len(source.class_names)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_devices(config, mesh)
+    model = build.make_model(config, num_classes)
+    objective = config_lib.make_objective(config, num_classes)
+    batches = config.transport.batches if config.transport.enabled else 1
+    loader = pipeline.PoolLoader(
+        source,
+        batches=batches,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        flip=config.data.flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+    seed_key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    init_key = train_step.stream(seed_key, train_step.INIT, 0)
+    state, shardings = train_state.create(
+        lambda: sit.init_params(model, source.image_shape, init_key),
+        build.make_optimizer(config),
+        mesh,
+        twin_ema=config.ema.twin,
+    )
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpointer = checkpoint.Checkpointer(
+        workdir,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+    )
+    if checkpointer.latest_step() is not None:
+        state, data_state = checkpointer.restore(state)
+        loader.set_state(data_state)
+    first_step = int(state.step)
+    loader.seek(first_step // batches)
+    checkpoint.write_run(workdir, config, source)
+
+    report = progress.Progress(workdir, config, first_step=first_step)
+    report.show(progress.summary(config, model, state.params, mesh, source, workdir))
+    if first_step:
+        report.show(f'resuming at step {first_step}')
+    for line in allowed_changes:
+        report.show(f'changed since the run was started: {line}')
+
+    step_fn = build.compiled_step(config, source, mesh, shardings)
+    couple = build.make_coupling(config, mesh, num_classes)
+    sampler = Sampler(
+        functools.partial(build.apply_model, model),
+        source.image_shape,
+        batch_size=config.sample.batch_size,
+        base_steps=objective.finest_steps(),
+    )
+    scorer = None
+    if config.scores.enabled:
+        scorer = SampleScorer(
+            source, sampler, cache_dir=workdir, seed=config.seed, show=report.show
+        )
+
+    def save(state):
+        score = report.loss
+        if scorer and config.scores.checkpoint_samples:
+            quick = scorer(
+                state.infer, steps=4, guidance=0.0,
+                samples=config.scores.checkpoint_samples,
+            )  # fmt: skip
+            score = quick['fd']
+            report.show(
+                f'step {int(state.step)}: Frechet distance in 4 steps {score:.3f}'
+            )
+        checkpointer.save(state, loader_state(loader, state, batches), config, score)
+
+    pool, previous, extra = None, None, {}
+    named = set()  # Corrupt images that have been reported.
+    try:
+        for step in range(first_step, config.train.steps):
+            if pool is None or step % batches == 0:
+                pool, extra = next_pool(loader, couple, mesh, seed_key)
+            state, metrics = step_fn(state, pool, seed_key)
+            report.step(metrics)
+            # Step n-1 is looked at while step n runs, so that the device never waits.
+            if previous is not None:
+                stop_if_not_finite(*previous, config=config, workdir=workdir)
+            previous = step, metrics, pool
+            done = step + 1
+            if done % config.log.every == 0 or done == config.train.steps:
+                skipped = {'data/skipped_images': float(loader.skipped)}
+                report.log(done, extra | skipped)
+                for name in source.skipped.reasons.keys() - named:
+                    named.add(name)
+                    report.show(f'skipped: {source.skipped.reasons[name]}')
+            report.pause()
+            if config.log.grid_every and done % config.log.grid_every == 0:
+                draw_grids(report, sampler, state, config, num_classes)
+            if done % config.checkpoint.every == 0 or done == config.train.steps:
+                report.log(done, extra)
+                save(state)
+            report.resume()
+        if previous is not None:
+            stop_if_not_finite(*previous, config=config, workdir=workdir)
+        checkpointer.close()
+        if scorer:
+            report.show('scoring samples')
+            evaluate(
+                scorer,
+                state.infer,
+                trained_steps=int(state.step),
+                steps=config.sample.steps,
+                guidance=config.sample.guidance,
+                samples=config.scores.samples,
+                workdir=workdir,
+                show=report.show,
+            )
+    finally:
+        loader.close()
+        report.close()
+        checkpointer.close()
+    return state
+
+
+def next_pool(loader, couple, mesh, seed_key) -> tuple[train_step.Pool, dict]:
+    """The next pool on the devices, paired with noise; and the coupling's report."""
+    host = next(loader)
+    images = sharding.shard_pool(host.images, mesh)
+    labels = sharding.shard_pool(host.labels, mesh)
+    number = jax.device_put(jnp.int32(host.number), sharding.replicated(mesh))
+    size = labels.size
+    index, report = jnp.arange(size, dtype=jnp.int32), {}
+    if couple is not None:
+        index, report = couple(
+            images.reshape(size, *images.shape[2:]),
+            labels.reshape(size),
+            train_step.stream(seed_key, train_step.NOISE, number),
+        )
+        report = {f'transport/{name}': value for name, value in report.items()}
+    index = jax.device_put(
+        index.reshape(labels.shape), jax.sharding.NamedSharding(mesh, sharding.POOL)
+    )
+    return train_step.Pool(images, labels, index, number), report
+
+
+def loader_state(loader, state, batches: int) -> dict:
+    """The iterator's state at the pool that the next step needs.
+
+    The iterator itself may be a pool ahead; the position is the step's.
+    """
+    return loader.get_state() | {'next_pool': int(state.step) // batches}
+
+
+def stop_if_not_finite(step: int, metrics, pool, *, config, workdir) -> None:
+    """Stops a run of which step after step was skipped, keeping its last batch."""
+    in_row = int(metrics['skipped_in_row'])
+    if not in_row:
+        return
+    logging.warning('step %d was not finite and is skipped (%d in a row)', step, in_row)
+    if in_row < config.train.max_skipped_in_row:
+        return
+    path = Path(workdir) / f'non_finite_step_{step:08d}.npz'
+    turn = step % pool.labels.shape[0]
+    np.savez(
+        path,
+        images=np.asarray(pool.images[turn]),
+        labels=np.asarray(pool.labels[turn]),
+        noise_index=np.asarray(pool.noise_index[turn]),
+        pool=int(pool.number),
+        step=step,
+        loss=float(metrics['loss']),
+        gradient_norm=float(metrics['norm/gradient']),
+    )
+    raise NonFiniteError(
+        f'loss or gradient was not finite in {in_row} steps in a row, up to step '
+        f'{step} (train.max_skipped_in_row = {config.train.max_skipped_in_row}); '
+        f'the batch is in {path}. Lower optimizer.learning_rate, set '
+        'optimizer.clip_norm = 1, or look at the batch; the last checkpoint stays'
+    )
+
+
+def draw_grids(report, sampler, state, config, num_classes: int) -> None:
+    """Samples of fixed noise, for one to see them improve."""
+    columns = config.log.grid_columns
+    labels = np.tile(np.arange(columns) % num_classes, 4)
+    for steps in config.log.grid_steps:
+        batches = sampler.batches(
+            state.infer,
+            jax.random.key(config.seed),
+            labels,
+            guidance=config.log.grid_guidance,
+            schedule=schedule.dyadic_schedule(steps, sampler.base_steps),
+        )
+        images = np.concatenate([np.asarray(images) for images, _ in batches])
+        report.picture(int(state.step), f'samples_{steps}_steps', images, columns)
+
+
+def check_resumable(config, workdir: Path) -> list[str]:
+    """Lines that say what changed since the run was started.
+
+    Raises:
+      ValueError: a changed field that would make it another run.
+    """
+    old = checkpoint.read_run_config(workdir)
+    if old is None or not checkpoint.saved_steps(workdir):
+        return []  # Nothing that another config could spoil.
+    allowed, refused = config_lib.differences(old, config)
+    if refused:
+        raise ValueError(
+            f'{workdir} holds a run of another config; these fields cannot change: '
+            + '; '.join(refused)
+            + (f'. These could: {"; ".join(allowed)}' if allowed else '')
+            + '. Set them back or give a new --workdir'
+        )
+    return allowed
+
+
+def check_devices(config, mesh) -> None:
+    part = config.train.batch_size // config.train.accumulate
+    if part % mesh.size:
+        raise ValueError(
+            f'train.batch_size = {config.train.batch_size} in train.accumulate = '
+            f'{config.train.accumulate} part(s) must split evenly over the {mesh.size} '
+            f'devices; choose a multiple of {mesh.size * config.train.accumulate}'
+        )
+
+
+def run_flags():
+    """Does what the command line says."""
+    workdir = FLAGS.workdir
+    if not workdir:
+        name = config_flags.get_config_filename(FLAGS['config']).split(':')[0]
+        workdir = Path('runs') / Path(name).stem
+    train(FLAGS.config, workdir)
+
+
+if __name__ == '__main__':
+    FLAGS = flags.FLAGS
+    config_flags.DEFINE_config_file(
+        'config', None, 'Config file, such as configs/quickstart.py.', lock_config=True
+    )
+    flags.DEFINE_string('workdir', None, 'Folder of the run; runs/CONFIG by default.')
+    flags.mark_flag_as_required('config')
+    app.run(command_line.main(run_flags, NonFiniteError))
