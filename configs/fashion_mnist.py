@@ -7,6 +7,13 @@ For one GPU; with internet and without Debian's package, add
 `--config.data.source=tfds:fashion_mnist`. No paper reports this row and we have not
 measured it: no number is claimed. `configs/fashion_mnist.py:runlocal` shrinks it to
 a minute on a CPU.
+
+Another method trains with the same network and budget, by its name:
+
+    python -m ism_jax.train --config configs/fashion_mnist.py:shortcut
+
+and so do flow_matching, consistency, imm, meanflow, alpha_flow and any file that is
+added to `ism_jax/objectives/`; `configs/fashion_mnist.py:shortcut,runlocal` is small.
 """
 
 from ism_jax import config as config_lib

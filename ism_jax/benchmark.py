@@ -112,9 +112,9 @@ def measure(config, rounds: int) -> list[dict]:
 
     model = build.make_model(config, num_classes)
     sampler = Sampler(
+        config_lib.make_objective(config, num_classes),
         functools.partial(build.apply_model, model), source.image_shape,
         batch_size=config.sample.batch_size,
-        base_steps=config_lib.make_objective(config, num_classes).finest_steps(),
     )  # fmt: skip
     params = sit.init_params(model, source.image_shape, jax.random.key(0))
     many = np.arange(config.sample.batch_size) % num_classes

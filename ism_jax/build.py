@@ -96,6 +96,7 @@ def compiled_step(config, source, mesh, shardings):
         target_decay=config.ema.target_decay,
         infer_decay=config.ema.infer_decay,
         ema_warmup=config.ema.warmup,
+        num_steps=config.train.steps,
     )
     whole = sharding.replicated(mesh)
     return jax.jit(

@@ -6,6 +6,8 @@ is compiled, what could not work; its messages name the field, the value, what i
 allowed and what to do.
 """
 
+import ast
+import difflib
 import json
 import math
 from typing import Any
@@ -43,6 +45,8 @@ def default() -> ml_collections.ConfigDict:
     c.model.remat = 'none'
     c.model.attention = 'auto'
     c.model.unroll = 1  # Layers per iteration of the scan.
+    c.model.step_embedding = 'level'  # 'size' for methods that draw any step size.
+    c.model.time_scale = 1000.0
 
     c.objective = objective_defaults('ism')
 
@@ -115,31 +119,65 @@ def default() -> ml_collections.ConfigDict:
     return c
 
 
+def use_objective(config, name: str, **options) -> None:
+    """Makes `config` train another method; options not given have their defaults.
+
+    The parts that belong to iSM (wavelet distance, transport, twin EMA) are switched
+    off, the network shows the step size as the method needs it, and sampling asks for
+    guidance that the method offers.
+    """
+    config.objective = objective_defaults(name)
+    config.objective.update(options)
+    for part in (config.wavelet, config.transport):
+        part.enabled = name == 'ism'
+    config.ema.twin = name == 'ism'
+    objective = make_objective(config, num_classes=1)
+    config.model.update(objective.model_options())
+    low, high = objective.guidance_range()
+    clip = lambda w: min(max(w, low), high)
+    config.sample.guidance = tuple(sorted({clip(w) for w in config.sample.guidance}))
+    config.log.grid_guidance = clip(config.log.grid_guidance)
+
+
 def with_argument(config, argument: str) -> ml_collections.ConfigDict:
     """Applies the argument of `configs/x.py:argument`.
 
-    'runlocal' keeps the method and shrinks the rest to a minute on one CPU, with the
-    digits that come with the installation.
+    The name of a method trains that method instead (`use_objective`). 'runlocal' keeps
+    the method and shrinks the rest to a minute on one CPU, with the digits that come
+    with the installation. Both are given as 'shortcut,runlocal'.
 
     Raises:
       ValueError: another argument.
     """
+    for part in filter(None, argument.split(',')):
+        _apply_argument(config, part)
+    return config
+
+
+def _apply_argument(config, argument: str) -> None:
     if argument == 'runlocal':
         config.data.update(source='mnist', channels=1, image_size=32)
         config.model.update(
             hidden_size=32, depth=2, num_heads=2, patch_size=8, dtype='float32',
             remat='none',
         )  # fmt: skip
-        config.train.update(batch_size=32, steps=20)
+        objective = make_objective(config, num_classes=1)
+        config.train.update(batch_size=max(32, objective.min_batch()), steps=20)
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 5)
         config.transport.batches = 4
         config.log.update(every=5, grid_every=10)
         config.checkpoint.every = 10
-        config.sample.update(steps=(1, 2), guidance=(0.0, 1.0), batch_size=50)
+        low, high = objective.guidance_range()
+        guidance = tuple(sorted({low, min(low + 1.0, high)}))
+        config.sample.update(steps=(1, 2), guidance=guidance, batch_size=50)
         config.scores.update(samples=100, checkpoint_samples=0)
-    elif argument:
-        raise ValueError(f"config argument {argument!r} is unknown; use ':runlocal'")
-    return config
+    elif argument in objectives.names():
+        use_objective(config, argument)
+    else:
+        raise ValueError(
+            f"config argument {argument!r} is unknown; use 'runlocal' or a method: "
+            + ', '.join(objectives.names())
+        )
 
 
 # What may differ when a run is resumed: how long it goes on and what it shows.
@@ -226,6 +264,34 @@ def make_objective(config, num_classes: int) -> objectives.BaseObjective:
     return cls(num_classes=num_classes, **given)
 
 
+def set_field(config, change: str) -> None:
+    """Sets a field as 'train.steps=100' says.
+
+    Raises:
+      ValueError: no such field, or a value of another kind than the field has.
+    """
+    name, equals, text = change.partition('=')
+    flat = flatten(config)
+    if not equals or name not in flat:
+        near = difflib.get_close_matches(name, flat, 3)
+        raise ValueError(
+            f'{change!r} sets no field of the config; write field=value'
+            + (f', with the field one of {", ".join(near)}' if near else '')
+        )
+    old = flat[name]
+    try:
+        value = text if isinstance(old, str) else ast.literal_eval(text)
+        if isinstance(old, float) and not isinstance(value, bool):
+            value = float(value)
+    except (ValueError, SyntaxError, TypeError):
+        value = None
+    if type(value) is not type(old):
+        raise ValueError(
+            f'{name} = {text!r} must be a {type(old).__name__}, such as {old!r}'
+        )
+    config.update_from_flattened_dict({name: value})
+
+
 def source_options(config) -> dict[str, Any]:
     """What `data.sources.make_source` takes besides the name."""
     return dict(
@@ -284,6 +350,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _positive(
         c,
         'model.mlp_ratio',
+        'model.time_scale',
         'optimizer.learning_rate',
         'optimizer.eps',
         'transport.epsilon',
@@ -294,6 +361,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _one_of(c, 'model.dtype', ('float32', 'bfloat16'))
     _one_of(c, 'model.remat', tuple(sit.REMAT_POLICIES))
     _one_of(c, 'model.attention', tuple(sit.ATTENTION_IMPLEMENTATIONS))
+    _one_of(c, 'model.step_embedding', sit.STEP_EMBEDDINGS)
     _one_of(c, 'optimizer.schedule', optimizer.SCHEDULES)
     _one_of(c, 'transport.method', ('permutation', 'row_sampling'))
     sit.check_sizes(
@@ -313,6 +381,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'train.steps = {c.train.steps}'
         )
     objective = make_objective(c, num_classes=1)
+    needed = objective.model_options().get('step_embedding', c.model.step_embedding)
+    if c.model.step_embedding != needed:
+        raise ValueError(
+            f'model.step_embedding = {c.model.step_embedding!r} does not serve '
+            f'objective.name = {c.objective.name!r}; set it to {needed!r}'
+        )
     _validate_batch(c, objective)
     if c.wavelet.enabled:
         shape = (c.data.image_size, c.data.image_size, c.data.channels)
@@ -356,15 +430,16 @@ def _validate_batch(c, objective) -> None:
 
 
 def check_guidance(objective: objectives.BaseObjective, values) -> None:
-    """Raises ValueError for guidance strengths that the network does not learn."""
-    limit = objective.guidance_limit()
+    """Raises ValueError for guidance strengths that the method does not offer."""
+    low, high = objective.guidance_range()
     for w in values:
-        if not 0 <= w <= limit:
+        if not low <= w <= high:
             raise ValueError(
-                f'guidance = {w} must lie in [0, {limit}], the strengths that '
-                'the network is trained for'
-                + ('' if limit else '; this objective trains none, use guidance 0')
-            )
+                f'guidance = {w} must lie in [{low:g}, {high:g}], the strengths that '
+                'the method offers when sampling'
+                + (f'; set sample.guidance and log.grid_guidance to {low:g}'
+                   if low == high else '')
+            )  # fmt: skip
 
 
 def _get(config, name):

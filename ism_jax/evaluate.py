@@ -66,13 +66,24 @@ class SampleScorer:
         self.floor = self._evaluator.evaluate([(images[held_out], labels[held_out])])
         self.reference = f'{len(reference):,} real images of {source!r}'
         self._sampler = sampler
-        self._key = jax.random.key(seed)
+        self._seed = seed
 
-    def __call__(self, params, *, steps: int, guidance: float, samples: int) -> dict:
-        """Scores one setting; every class is sampled equally often."""
+    def __call__(
+        self,
+        params,
+        *,
+        steps: int,
+        guidance: float,
+        samples: int,
+        noise_seed: int | None = None,
+    ) -> dict:
+        """Scores one setting; every class is sampled equally often.
+
+        `noise_seed` is of the samples' noise, where it is not the scorer's seed.
+        """
         batches = self._sampler.batches(
             params,
-            self._key,
+            jax.random.key(self._seed if noise_seed is None else noise_seed),
             np.arange(samples) % self.num_classes,
             guidance=guidance,
             schedule=schedule.dyadic_schedule(steps, self._sampler.base_steps),
@@ -126,9 +137,8 @@ def run_flags():
         config.data.source, **config_lib.source_options(config)
     )
     sampler = Sampler(
-        run.apply, run.image_shape,
-        batch_size=config.sample.batch_size, base_steps=objective.finest_steps(),
-    )  # fmt: skip
+        objective, run.apply, run.image_shape, batch_size=config.sample.batch_size
+    )
     scorer = SampleScorer(source, sampler, cache_dir=FLAGS.workdir, seed=config.seed)
     evaluate(
         scorer, run.params, trained_steps=run.step, steps=steps, guidance=guidance,

@@ -43,9 +43,30 @@ def guided_velocity(
     unconditional: jax.Array,
     w: jax.Array,
 ) -> jax.Array:
-    """Target of intrinsic guidance, all [B, H, W, C] but `w` [B].
+    """velocity + w (conditional - unconditional), all [B, H, W, C] but `w` [B].
 
-    (x1 - x0) + w * (s(x_t, t, c, 0, 0) - s(x_t, t, null, 0, 0)): the data's own
-    velocity carries the condition, the teacher gives only the direction of guidance.
+    The target of intrinsic guidance with velocity = x1 - x0: the data's own velocity
+    carries the condition, the teacher gives only the direction of guidance.
     """
     return velocity + w[:, None, None, None] * (conditional - unconditional)
+
+
+def classifier_free_velocity(
+    apply, params, x, t, d, label: jax.Array, w: jax.Array, null: int
+) -> jax.Array:
+    """s(null) + (1 + w) (s(c) - s(null)): classifier-free guidance, in one call.
+
+    Ho and Salimans, arXiv 2207.12598. The network itself is not told `w`.
+
+    Args:
+      apply, params: the network and its parameters.
+      x: [B, H, W, C]; t, d, label, w: [B].
+      null: label of no class.
+    """
+    double = lambda array: jnp.concatenate([array, array])
+    labels = jnp.concatenate([label, jnp.full_like(label, null)])
+    both = apply(
+        params, double(x), double(t), double(d), jnp.zeros(2 * w.shape[0]), labels
+    )
+    conditional, unconditional = jnp.split(both, 2)
+    return guided_velocity(conditional, conditional, unconditional, w)

@@ -94,9 +94,8 @@ def sample_grid(
     for steps in schedules_:
         schedules.check_schedule(steps, objective.finest_steps())
     sampler = Sampler(
-        run.apply, run.image_shape,
+        objective, run.apply, run.image_shape,
         batch_size=min(run.config.sample.batch_size, len(labels)),
-        base_steps=objective.finest_steps(),
     )  # fmt: skip
 
     def cell(steps, w):

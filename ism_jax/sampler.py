@@ -1,7 +1,8 @@
-"""Few-step samplers: from noise to data along a schedule of steps.
+"""Few-step sampling: from noise to data along a schedule of steps, batch by batch.
 
-x_{t+d} = x_t + d s(x_t, t, c, d, w), one network call per step whatever the guidance
-(iSM, arXiv 2510.21250, algorithm 2). Knows no data and no metrics.
+Which rule makes a step is the objective's (`objectives.BaseObjective.sample`); the
+common one is x_{t+d} = x_t + d s(x_t, t, c, d, w), one network call per step whatever
+the guidance (iSM, arXiv 2510.21250, algorithm 2). Knows no data and no metrics.
 """
 
 from collections.abc import Sequence
@@ -12,69 +13,42 @@ import jax.numpy as jnp
 
 from ism_jax import interpolant
 from ism_jax import schedule as schedules
+from ism_jax.objectives import BaseObjective
 
-
-def sample(
-    apply: Callable[..., jax.Array],
-    params,
-    noise: jax.Array,
-    label: jax.Array,
-    w: jax.Array,
-    times: jax.Array,
-    steps: jax.Array,
-    embedded_steps: jax.Array,
-) -> jax.Array:
-    """Runs the sampler; jit it once, it compiles once for each number of steps.
-
-    Args:
-      apply: the network, `apply(params, x, t, d, w, label)`.
-      params: parameters, of the `infer` average.
-      noise: x0, [B, H, W, C], standard normal.
-      label: [B] int32.
-      w: [B] guidance strength.
-      times, steps, embedded_steps: [N], of `schedule.times_and_sizes`.
-
-    Returns:
-      x1, [B, H, W, C], not clipped.
-    """
-    batch = label.shape[0]
-
-    def body(x, step):
-        t, d, embedded = (jnp.full((batch,), value) for value in step)
-        return interpolant.step(x, apply(params, x, t, embedded, w, label), d), None
-
-    x, _ = jax.lax.scan(body, noise, (times, steps, embedded_steps))
-    return x
+AGAIN = 2**31 - 1  # No sample has this number.
 
 
 class Sampler:
     """A compiled sampler for one network: labels in, images out, batch by batch.
 
     Sample number i has the noise `normal(fold_in(key, i))`: it does not depend on the
-    batch size, and the same number shows the same noise at every step count.
+    batch size, and the same number shows the same noise at every step count. (Noise
+    that a sampler adds between steps does depend on the batch size.)
 
     Args:
+      objective: what the network was trained with.
       apply: the network.
       image_shape: (H, W, C).
       batch_size: how many samples are made at once.
-      base_steps: of the training.
     """
 
     def __init__(
         self,
+        objective: BaseObjective,
         apply: Callable[..., jax.Array],
         image_shape: tuple[int, int, int],
         *,
         batch_size: int,
-        base_steps: int,
     ):
         self.image_shape = image_shape
         self.batch_size = batch_size
-        self.base_steps = base_steps
+        self.base_steps = objective.finest_steps()
 
-        def run(params, key, numbers, label, w, times, steps, embedded_steps):
+        def run(params, key, numbers, label, w, times, steps):
             noise = interpolant.sample_noise(key, numbers, image_shape)
-            return sample(apply, params, noise, label, w, times, steps, embedded_steps)
+            # Samplers that add noise again: another stream than the noises' own.
+            again = jax.random.fold_in(jax.random.fold_in(key, AGAIN), numbers[0])
+            return objective.sample(apply, params, noise, label, w, times, steps, again)
 
         self._run = jax.jit(run)
 
@@ -99,7 +73,7 @@ class Sampler:
         Raises:
           ValueError: the schedule is not one that the network was trained for.
         """
-        arrays = schedules.times_and_sizes(schedule, self.base_steps)
+        times, sizes = schedules.times_and_sizes(schedule, self.base_steps)
         labels = jnp.asarray(labels, jnp.int32)
         for start in range(0, len(labels), self.batch_size):
             label = labels[start : start + self.batch_size]
@@ -112,6 +86,7 @@ class Sampler:
                 start + jnp.arange(self.batch_size),
                 jnp.pad(label, (0, padding)),
                 jnp.full((self.batch_size,), guidance, jnp.float32),
-                *arrays,
+                times,
+                sizes,
             )
             yield images[:kept], label

@@ -80,10 +80,8 @@ def check_schedule(schedule: Sequence[float], base_steps: int = 128) -> None:
 
 def times_and_sizes(
     schedule: Sequence[float], base_steps: int = 128
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start times, step sizes and the sizes as the network sees them, each [N].
-
-    The last differs from the second only in the finest step, embedded as 0.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Start times and step sizes, each [N] float32.
 
     Raises:
       ValueError: see `check_schedule`.
@@ -91,7 +89,7 @@ def times_and_sizes(
     check_schedule(schedule, base_steps)
     d = np.asarray(schedule, np.float32)
     t = np.concatenate([[0.0], np.cumsum(schedule)[:-1]]).astype(np.float32)
-    return t, d, embedded_step(d, base_steps).astype(np.float32)
+    return t, d
 
 
 def embedded_step(d, base_steps: int):

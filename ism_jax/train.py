@@ -107,10 +107,10 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
     step_fn = build.compiled_step(config, source, mesh, shardings)
     couple = build.make_coupling(config, mesh, num_classes)
     sampler = Sampler(
+        objective,
         functools.partial(build.apply_model, model),
         source.image_shape,
         batch_size=config.sample.batch_size,
-        base_steps=objective.finest_steps(),
     )
     scorer = None
     if config.scores.enabled:

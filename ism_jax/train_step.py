@@ -66,6 +66,7 @@ def train_step(
     target_decay: float,
     infer_decay: float,
     ema_warmup: bool,
+    num_steps: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step on the batch of `pool` whose turn it is.
 
@@ -81,6 +82,7 @@ def train_step(
       accumulate: number of equal parts of the batch whose gradients are averaged.
       target_decay, infer_decay, ema_warmup: see `ism_jax.ema`; the warm-up is of the
         slow average.
+      num_steps: of the whole training, for objectives with a curriculum.
 
     Returns:
       The next state, and scalars by name.
@@ -90,7 +92,13 @@ def train_step(
 
     def loss_fn(params, batch, key):
         return objective(
-            apply, params, state.target_params(), batch, key, distance=distance
+            apply,
+            params,
+            state.target_params(),
+            batch,
+            key,
+            distance=distance,
+            progress=state.step / num_steps,
         )
 
     gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)

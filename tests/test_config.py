@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from ism_jax import config as config_lib
+from ism_jax import objectives
 from ism_jax.models import sit
 
 ROOT = Path(__file__).parent.parent
@@ -96,10 +97,50 @@ def test_every_field_is_read():
         ({'scores.samples': 10}, 'scores.samples = 10'),
         ({'objective.name': 'flow_matching'}, 'objective_defaults'),
         ({'objective.name': 'sm'}, "'sm' is unknown"),
+        ({'model.step_embedding': 'log'}, "model.step_embedding = 'log' must be one"),
     ],
 )
 def test_bad_values_are_refused_by_name(change, message):
     config = config_lib.default()
+    config_lib.validate(config)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        config_lib.validate(config)
+
+
+@pytest.mark.parametrize('name', objectives.names())
+def test_every_method_is_an_argument_of_a_config(name):
+    path = ROOT / 'configs' / 'fashion_mnist.py'
+    for argument in (name, f'{name},runlocal'):
+        config, _ = _get_config(path, argument)
+        config_lib.validate(config)
+        assert config.objective.name == name
+        assert config.wavelet.enabled == config.ema.twin == (name == 'ism')
+    with pytest.raises(ValueError, match="'sm' is unknown; use 'runlocal' or a method"):
+        _get_config(path, 'sm')
+
+
+@pytest.mark.parametrize(
+    'name,change,message',
+    [
+        ('shortcut', {'sample.guidance': (0.0,)}, r'lie in \[0.5, 0.5\].*to 0.5'),
+        ('shortcut', {'objective.cfg_levels': 'some'}, "cfg_levels = 'some' must be"),
+        ('shortcut', {'objective.bootstrap_every': 1}, 'bootstrap_every = 1'),
+        ('shortcut', {'train.batch_size': 48}, 'at least 56'),
+        ('consistency', {'sample.guidance': (0.5,)}, r'lie in \[0, 0\]'),
+        ('consistency', {'objective.sigma_min': 90.0}, 'objective.sigma_min = 90.0'),
+        ('imm', {'objective.group_size': 0}, 'objective.group_size = 0'),
+        ('imm', {'train.batch_size': 42}, 'multiple of 4'),
+        ('imm', {'model.step_embedding': 'level'}, 'does not serve objective.name'),
+        ('meanflow', {'objective.batch_split': (4, 0)}, 'objective.batch_split'),
+        ('meanflow', {'objective.norm_eps': 0.0}, 'objective.norm_eps = 0.0'),
+        ('alpha_flow', {'objective.anneal_end': 0.0}, 'objective.anneal_start = 0.0'),
+        ('alpha_flow', {'objective.alpha': 2.0}, 'objective.alpha = 2.0'),
+    ],
+)
+def test_bad_options_of_a_method_are_refused_by_name(name, change, message):
+    config = config_lib.default()
+    config_lib.use_objective(config, name)
     config_lib.validate(config)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):

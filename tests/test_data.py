@@ -369,6 +369,10 @@ def test_mnist_is_padded_with_black(make_loader):
     unpadded = sources.make_source('mnist', image_size=28, channels=1)
     np.testing.assert_array_equal(unpadded.images, source.images[:, 2:-2, 2:-2])
     assert repr(source) != repr(unpadded)
+    small = sources.make_source('mnist', image_size=16, channels=1)
+    quarters = [source.images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    mean = np.mean(quarters, axis=0)  # Of 2x2 pixels of the padded image.
+    assert np.abs(small.images - mean).max() <= 0.5
 
 
 def test_array_source_refuses_what_does_not_fit():
@@ -401,7 +405,7 @@ def test_array_source_is_known_by_its_content():
         ('folder:', {}, "'folder:' lacks what follows"),
         ('tfds', {}, "'tfds' lacks what follows"),
         ('mnist', dict(channels=3), 'set data.channels = 1'),
-        ('mnist', dict(image_size=16), 'data.image_size = 16.*choose 28, 32'),
+        ('mnist', dict(image_size=20), 'data.image_size = 20.*choose 14, 16, 28, 32'),
         ('mnist', dict(image_size=33), 'data.image_size = 33'),
         ('mnist', dict(image_size=0), 'data.image_size = 0'),
         ('mnist', dict(split='test'), "split = 'test'.*only 'train'"),

@@ -51,7 +51,7 @@ class Recorder:
             return jnp.mean(error**2, axis=(1, 2, 3)), {}
 
         self.loss, self.metrics = objective(
-            apply, 1.0, 2.0, batch, jax.random.key(key), distance=distance
+            apply, 1.0, 2.0, batch, jax.random.key(key), distance=distance, progress=0.0
         )
 
 
@@ -148,7 +148,7 @@ def test_no_gradient_flows_into_targets():
         apply = lambda p, *args: p * _network(1.0, *args)
         distance = lambda e: (jnp.mean(e**2, axis=(1, 2, 3)), {})
         return _objective(midpoint=midpoint)(
-            apply, params, target_params, batch, jax.random.key(0), distance=distance
+            apply, params, target_params, batch, jax.random.key(0), distance=distance, progress=0.0
         )[0]
 
     for midpoint in ('target', 'online'):
@@ -173,7 +173,7 @@ def test_without_guidance_nothing_is_guided():
     assert all((call[4] == 0).all() for call in record.calls)
     assert 'guidance/loss' not in record.metrics
     assert [len(e) for e in record.errors] == [48, 16]  # Its share goes to velocity.
-    assert _objective(intrinsic_guidance=False).guidance_limit() == 0
+    assert _objective(intrinsic_guidance=False).guidance_range() == (0, 0)
 
 
 def test_without_interval_guidance_acts_everywhere():
@@ -322,6 +322,6 @@ def test_the_smallest_batch_sees_every_step_size():
 
 def test_unknown_objective():
     with pytest.raises(
-        ValueError, match="'isn' is unknown; choose one of flow_matching"
+        ValueError, match="'isn' is unknown; choose one of alpha_flow"
     ):
         objectives.load('isn')

@@ -7,13 +7,15 @@ import pytest
 
 from ism_jax import interpolant
 from ism_jax import schedule
+from ism_jax.objectives import ism
 from ism_jax.sampler import Sampler
 
 SHAPE = (2, 2, 1)
 
 
 def _sampler(apply, **options):
-    return Sampler(apply, SHAPE, **dict(batch_size=4, base_steps=128) | options)
+    objective = ism.Objective(num_classes=10)
+    return Sampler(objective, apply, SHAPE, **dict(batch_size=4) | options)
 
 
 def _run(sampler, params=0.0, labels=range(6), guidance=0.0, steps=1, key=0):

@@ -26,11 +26,11 @@ def test_named_schedules():
 
 
 def test_the_network_is_told_zero_for_the_finest_step_only():
-    t, d, embedded = schedule.times_and_sizes((1 / 128,) * 128)
+    t, d = schedule.times_and_sizes((1 / 128,) * 128)
     np.testing.assert_array_equal(t, np.arange(128) / 128)
-    assert (d == 1 / 128).all() and (embedded == 0).all()
-    _, d, embedded = schedule.times_and_sizes((1 / 64,) * 64)
-    np.testing.assert_array_equal(d, embedded)
+    assert (d == 1 / 128).all() and (schedule.embedded_step(d, 128) == 0).all()
+    _, d = schedule.times_and_sizes((1 / 64,) * 64)
+    np.testing.assert_array_equal(d, schedule.embedded_step(d, 128))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def _setup(tx=None, *, mesh=None, twin=True, objective=None, distance=None, **op
         objective=objective or ism.Objective(num_classes=4),
         distance=distance or build.squared_error,
         tx=tx,
-        **dict(accumulate=1, target_decay=0.9, infer_decay=0.99, ema_warmup=True)
+        **dict(accumulate=1, target_decay=0.9, infer_decay=0.99, ema_warmup=True,
+               num_steps=100)
         | options,
     )
     pool_shardings = build.pool_shardings(mesh)
@@ -130,7 +131,7 @@ def test_a_non_finite_step_changes_nothing_but_the_counters():
 class Deterministic(BaseObjective):
     """A loss without draws, so that a batch in parts is the batch."""
 
-    def __call__(self, apply, params, target_params, batch, key, *, distance):
+    def __call__(self, apply, params, target_params, batch, key, *, distance, progress):
         half = jnp.full(batch.label.shape, 0.5)
         x = interpolant.interpolate(batch.noise, batch.data, half)
         error = apply(params, x, half, half, half, batch.label) - batch.data
@@ -257,6 +258,7 @@ def test_components_switch_off_alone_and_together(on):
     _, metrics = train_step.train_step(
         state, _pool(), SEED_KEY, apply=apply, objective=objective, distance=distance,
         tx=tx, accumulate=1, target_decay=0.9, infer_decay=0.99, ema_warmup=False,
+        num_steps=100,
     )  # fmt: skip
     assert ('guidance/loss' in metrics) == switch['intrinsic_guidance']
     assert ('velocity/band_d1' in metrics) == switch['wavelet']

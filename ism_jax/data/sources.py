@@ -235,14 +235,23 @@ def fashion_mnist(
 
 
 def _pad(images: np.ndarray, size: int, name: str) -> np.ndarray:
-    missing = size - images.shape[1]
-    if missing < 0 or missing % 2:
+    """Pads evenly to `size`, or to its multiple k * size and averages k x k pixels."""
+    side = images.shape[1]
+    factor = -(-side // max(size, 1))
+    missing = factor * size - side
+    # A frame that is wider than a fifth of the image would be mostly border.
+    if size < 1 or missing % 2 or (factor > 1 and missing > side / 5):
         raise ValueError(
-            f'data.image_size = {size}: {name} has sides of {images.shape[1]} that are '
-            f'padded evenly; choose {images.shape[1]}, 32 or another even size above'
+            f'data.image_size = {size}: {name} has sides of {side}, which are padded '
+            'evenly and then halved, say, where that fits; choose 14, 16, 28, 32 or '
+            'another even size above'
         )
     half = missing // 2
-    return np.pad(images, ((0, 0), (half, half), (half, half), (0, 0)))
+    images = np.pad(images, ((0, 0), (half, half), (half, half), (0, 0)))
+    if factor == 1:
+        return images
+    blocks = images.reshape(-1, size, factor, size, factor, images.shape[-1])
+    return np.rint(blocks.mean((2, 4), dtype=np.float32)).astype(np.uint8)
 
 
 def _read_idx(folder: Path, name: str) -> np.ndarray:

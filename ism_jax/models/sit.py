@@ -48,10 +48,10 @@ ATTENTION_IMPLEMENTATIONS = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
 
 FREQUENCY_FEATURES = 256
 MAX_PERIOD = 10_000.0
-# The sinusoids were made for times of 0 to 1000 (DiT). Levels of d are integers 0 to
-# 7 already; guidance strengths, a quarter apart, are spread to be told apart while
-# values in between (the user's slider) stay close to their neighbours.
-TIME_SCALE = 1000.0
+STEP_EMBEDDINGS = ('level', 'size')
+# The sinusoids were made for times of 0 to 1000 (DiT), hence `time_scale`. Levels of d
+# are integers 0 to 7 already; guidance strengths, a quarter apart, are spread to be
+# told apart while values in between (the user's slider) stay close to their neighbours.
 GUIDANCE_SCALE = 10.0
 
 
@@ -182,6 +182,11 @@ class SiT(nn.Module):
       attention: a key of `ATTENTION_IMPLEMENTATIONS`.
       unroll: layers per iteration of the scan; more compile longer and, on a CPU, run
         faster.
+      step_embedding: how `d` is shown: 'level', its -log2, for steps that are powers
+        of two; 'size', a smooth function of any d, for methods that draw or
+        differentiate it.
+      time_scale: what times (and sizes) are multiplied with before their sinusoids;
+        MeanFlow's network has 1, so that derivatives in t are gentle.
     """
 
     num_classes: int
@@ -194,6 +199,8 @@ class SiT(nn.Module):
     remat: str = 'none'
     attention: str = 'auto'
     unroll: int = 1
+    step_embedding: str = 'level'
+    time_scale: float = 1000.0
 
     @nn.compact
     def __call__(self, x, t, d, w, label):
@@ -259,12 +266,15 @@ class SiT(nn.Module):
             name='class_embedding',
         )
         condition = ScalarEmbedding(self.hidden_size, name='time_embedding')(
-            t * TIME_SCALE
+            t * self.time_scale
         ) + classes(label)
-        # Level of a step: 0 for d = 1, 1 for d = 1/2, ... (as in Shortcut Models).
-        level = -jnp.log2(jnp.where(d > 0, d, 1.0))
         step = ScalarEmbedding(self.hidden_size, zero_init=True, name='step_embedding')
-        condition += jnp.where(d[:, None] > 0, step(level), 0.0)
+        if self.step_embedding == 'size':
+            condition += d[:, None] * step(d * self.time_scale)
+        else:
+            # 0 for d = 1, 1 for d = 1/2, ... (as in Shortcut Models).
+            level = -jnp.log2(jnp.where(d > 0, d, 1.0))
+            condition += jnp.where(d[:, None] > 0, step(level), 0.0)
         guidance = ScalarEmbedding(
             self.hidden_size, zero_init=True, name='guidance_embedding'
         )

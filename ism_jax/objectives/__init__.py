@@ -2,8 +2,9 @@
 
 Each module holds a frozen dataclass `Objective`, a subclass of `BaseObjective`. Its
 fields with their defaults are the method's options, `config.objective` gives their
-values, and `__post_init__` refuses values that could not work. A new method is a new
-file here and a config that names it; nothing else changes.
+values, and `__post_init__` refuses values that could not work. A method brings its
+loss and, where it differs from the common one, its sampler. A new method is a new file
+here and a config that names it; nothing else changes.
 """
 
 import dataclasses
@@ -12,6 +13,10 @@ import pkgutil
 from typing import Callable, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from ism_jax import interpolant
+from ism_jax import schedule
 
 
 class Batch(NamedTuple):
@@ -30,7 +35,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BaseObjective:
-    """What training needs to know of a method.
+    """What training and sampling need to know of a method.
 
     Attributes:
       num_classes: number of classes, and the index of the `null` label.
@@ -47,6 +52,7 @@ class BaseObjective:
         key: jax.Array,
         *,
         distance: Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+        progress: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and its parts.
 
@@ -57,11 +63,54 @@ class BaseObjective:
           batch: see `Batch`.
           key: used for this call alone.
           distance: error [B, H, W, C] -> values [B] and their parts {name: [B]}.
+          progress: share of the training that is done, in [0, 1); curricula use it.
 
         Returns:
           The scalar loss and a flat dict of scalars.
         """
         raise TypeError(f'{type(self).__module__} must define __call__')
+
+    def velocity(self, apply, params, x, t, d, w, label) -> jax.Array:
+        """Mean velocity over the step from t to t + d, as the sampler uses it.
+
+        Args:
+          apply, params: the network and its parameters, as in training.
+          x: [B, H, W, C]; t, d, w, label: [B].
+        """
+        embedded = schedule.embedded_step(d, self.finest_steps())
+        return apply(params, x, t, embedded, w, label)
+
+    def sample(self, apply, params, noise, label, w, times, steps, key) -> jax.Array:
+        """From noise to data along a schedule: x_{t+d} = x_t + d velocity(x_t, t, d).
+
+        Args:
+          apply, params: the network and its parameters, of the `infer` average.
+          noise: x0, [B, H, W, C], standard normal.
+          label, w: [B].
+          times, steps: [N], of `schedule.times_and_sizes`.
+          key: of the samplers that add noise between steps.
+
+        Returns:
+          x1, [B, H, W, C], not clipped.
+        """
+        del key  # The common sampler is deterministic.
+
+        def body(x, step):
+            t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
+            return interpolant.step(
+                x, self.velocity(apply, params, x, t, d, w, label), d
+            ), None
+
+        return jax.lax.scan(body, noise, (times, steps))[0]
+
+    def clip_step(self, t, d):
+        """The step from t to t + d without the part before `first_time`."""
+        begin = jnp.maximum(t, self.first_time())
+        return begin, t + d - begin
+
+    def first_time(self) -> float:
+        """Where the method's time begins; noise is taken for a sample of that time."""
+        return 0.0
 
     def batch_multiple(self) -> int:
         """Batch sizes must be a multiple of this."""
@@ -71,9 +120,16 @@ class BaseObjective:
         """The smallest batch that serves all parts of the method."""
         return 1
 
-    def guidance_limit(self) -> float:
-        """The largest guidance strength w that the network learns; 0 for none."""
-        return 0.0
+    def guidance_range(self) -> tuple[float, float]:
+        """Lowest and highest guidance strength w that can be asked of the sampler.
+
+        (0, 0) for a method without guidance, (w, w) where w is part of the training.
+        """
+        return 0.0, 0.0
+
+    def model_options(self) -> dict[str, object]:
+        """Fields of `config.model` that the method needs otherwise than by default."""
+        return {}
 
     def finest_steps(self) -> int:
         """1 / the finest step size: how many sampling steps make sense at most."""

@@ -2,13 +2,18 @@
 
 L = E distance( s(x_t, t, c', 0, 0) - (x1 - x0) ),  t ~ U(0, 1), where `c'` is `c`, or
 `null` with the label-dropout probability.
+
+Sampler: Euler steps of the instantaneous velocity, with classifier-free guidance,
+s(null) + (1 + w) (s(c) - s(null)), where w > 0: two network calls a step.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from ism_jax import guidance
 from ism_jax import interpolant
 from ism_jax.objectives import BaseObjective, Batch, check_fraction
 
@@ -26,8 +31,10 @@ class Objective(BaseObjective):
     def __post_init__(self):
         check_fraction('objective.label_dropout', self.label_dropout)
 
-    def __call__(self, apply, params, target_params, batch: Batch, key, *, distance):
-        del target_params  # Targets come from the data.
+    def __call__(
+        self, apply, params, target_params, batch: Batch, key, *, distance, progress
+    ):
+        del target_params, progress  # Targets come from the data, always the same way.
         key_t, key_label = jax.random.split(key)
         num = batch.label.shape[0]
         t = jax.random.uniform(key_t, (num,))
@@ -41,3 +48,16 @@ class Objective(BaseObjective):
         loss = values.mean()
         metrics = {f'velocity/{name}': part.mean() for name, part in parts.items()}
         return loss, {'velocity/loss': loss, **metrics}
+
+    def velocity(self, apply, params, x, t, d, w, label):
+        zeros = jnp.zeros_like(d)  # Only the instantaneous velocity is learned.
+        return jax.lax.cond(
+            jnp.any(w != 0),
+            lambda: guidance.classifier_free_velocity(
+                apply, params, x, t, zeros, label, w, self.num_classes
+            ),
+            lambda: apply(params, x, t, zeros, zeros, label),
+        )
+
+    def guidance_range(self) -> tuple[float, float]:
+        return 0.0, math.inf if self.label_dropout else 0.0

@@ -28,27 +28,19 @@ Choices that the paper leaves open, or prints otherwise:
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from ism_jax import batch_parts
 from ism_jax import guidance
 from ism_jax import interpolant
 from ism_jax import schedule
+from ism_jax.batch_parts import Inputs, apply_together
 from ism_jax.objectives import BaseObjective, Batch, check_fraction
 
 PARTS = ('velocity', 'guidance', 'consistency')
-
-
-class Inputs(NamedTuple):
-    """What the network sees: x [B, H, W, C], the rest [B]."""
-
-    x: jax.Array
-    t: jax.Array
-    d: jax.Array
-    w: jax.Array
-    label: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +92,12 @@ class Objective(BaseObjective):
                 f'multiple of objective.guidance_step = {self.guidance_step}'
             )
 
-    def __call__(self, apply, params, target_params, batch: Batch, key, *, distance):
+    def __call__(
+        self, apply, params, target_params, batch: Batch, key, *, distance, progress
+    ):
+        del progress  # No curriculum.
         key_v, key_g, key_c = jax.random.split(key, 3)
-        batch_v, batch_g, batch_c = self._split(batch)
+        batch_v, batch_g, batch_c = batch_parts.split(batch, self._shares())
         patterns = batch.label.shape[0] // self.batch_multiple()
 
         # The finest steps are `d = 0` calls: one teacher batch holds all that start
@@ -112,7 +107,7 @@ class Objective(BaseObjective):
         coarse, d = self._consistency_inputs(batch_c, key_c)
         fine = coarse._replace(d=schedule.embedded_step(d, self.base_steps))
         unlabeled = guided._replace(label=jnp.full_like(guided.label, self.num_classes))
-        conditional, unconditional, first = _apply_together(
+        conditional, unconditional, first = apply_together(
             apply,
             target_params,
             patterns,
@@ -122,11 +117,11 @@ class Objective(BaseObjective):
         )
         midpoint = first
         if self.midpoint == 'online':
-            (midpoint,) = _apply_together(apply, params, patterns, fine)
+            (midpoint,) = apply_together(apply, params, patterns, fine)
         second_inputs = fine._replace(
             x=interpolant.step(fine.x, midpoint, d), t=fine.t + d
         )
-        (second,) = _apply_together(apply, target_params, patterns, second_inputs)
+        (second,) = apply_together(apply, target_params, patterns, second_inputs)
 
         targets = (
             batch_v.data - batch_v.noise,
@@ -138,7 +133,7 @@ class Objective(BaseObjective):
             ),
             0.5 * (first + second),
         )
-        predictions = _apply_together(apply, params, patterns, velocity, guided, coarse)
+        predictions = apply_together(apply, params, patterns, velocity, guided, coarse)
 
         loss, metrics = jnp.zeros(()), {}
         for name, weight, prediction, target in zip(
@@ -159,24 +154,6 @@ class Objective(BaseObjective):
         if self.intrinsic_guidance:
             return velocity, guided, consistency
         return velocity + guided, 0, consistency
-
-    def _split(self, batch: Batch) -> list[Batch]:
-        """Deals the samples to the three terms in a pattern that repeats.
-
-        The pattern is as long as the sum of the ratio, so a batch that is split over
-        devices is split over the terms on each device alike, and no sample moves.
-        """
-        shares = self._shares()
-
-        def take(array, start, stop):
-            pattern = array.reshape(-1, sum(shares), *array.shape[1:])
-            return pattern[:, start:stop].reshape(-1, *array.shape[1:])
-
-        ends = [sum(shares[: i + 1]) for i in range(3)]
-        return [
-            Batch(*(take(array, end - share, end) for array in batch))
-            for share, end in zip(shares, ends)
-        ]
 
     def _velocity_inputs(self, batch: Batch, key) -> Inputs:
         key_t, key_label = jax.random.split(key)
@@ -228,8 +205,8 @@ class Objective(BaseObjective):
             metrics[f'consistency_samples/step_1_over_{2**level}'] = count
         return metrics
 
-    def guidance_limit(self) -> float:
-        return self.guidance_max if self.intrinsic_guidance else 0.0
+    def guidance_range(self) -> tuple[float, float]:
+        return 0.0, self.guidance_max if self.intrinsic_guidance else 0.0
 
     def finest_steps(self) -> int:
         return self.base_steps
@@ -257,27 +234,3 @@ def _check_triple(name: str, values) -> None:
             f'{name} = {values} must be three numbers of at least 0, not all 0: '
             'velocity, guidance, consistency'
         )
-
-
-def _apply_together(apply, params, patterns: int, *parts: Inputs) -> list[jax.Array]:
-    """One call of the network over several parts; one result for each part.
-
-    The parts are woven together in the pattern in which the batch was split, so that
-    on many devices each keeps its own samples.
-    """
-    shares = [part.x.shape[0] // patterns for part in parts]
-    if not any(shares):
-        return [part.x for part in parts]
-
-    def weave(*arrays):
-        shape = arrays[0].shape[1:]
-        woven = [a.reshape(patterns, -1, *shape) for a in arrays if a.shape[0]]
-        return jnp.concatenate(woven, axis=1).reshape(-1, *shape)
-
-    result = apply(params, *(weave(*arrays) for arrays in zip(*parts)))
-    shape = result.shape[1:]
-    result = result.reshape(patterns, sum(shares), *shape)
-    ends = [sum(shares[:i]) for i in range(len(shares) + 1)]
-    return [
-        result[:, start:stop].reshape(-1, *shape) for start, stop in zip(ends, ends[1:])
-    ]

@@ -1,0 +1,198 @@
+"""Inductive moment matching (IMM; Zhou et al., arXiv 2503.07565).
+
+In its time a = 1 - t runs from data to noise; a jump leads from a to s <= a. Groups of
+M samples share (s, r, a), r between s and a; y jumps from a, z from r, both to s:
+
+    f_{s,a}(x) = x + (a - s) s_theta( c_in(a) x, 1 - a, c, a - s )      (Euler-FM)
+    y = f_{s,a}(x_a),   z = sg f_{s,r}(x_r),   x_a and x_r of the same data and noise
+    L = weight * mean over j, k of [ k(y_j, y_k) + k(z_j, z_k) - 2 k(y_j, z_k) ]
+    k(y, z) = exp( - max(|y - z|, 1e-8) / (D (a - s)) )
+    weight = 1/2 sigmoid(b - lambda) (2 / (a (1 - a))) (1 - a)^p / ((1 - a)^2 + a^2),
+      lambda = 2 ln((1 - a) / a),  b = 4,  p = 1
+    a ~ U(0, 0.994),  s ~ U(0, a),
+      r = max(s, min(a - 1e-4, eta^-1(eta(a) - 160 / 2^12))),  eta(a) = a / (1 - a)
+
+The source scales data to a deviation sigma_d = 0.5 and noise with it. Here noise has
+deviation 1, so its formulas hold in units of sigma_d; `data_std` is the deviation of
+the data in these units (1 in the source) and enters only c_in,
+c_in(a) = 1 / sqrt((1 - a)^2 data_std^2 + a^2). M = 1 and 2 collapse, in the source.
+
+Samplers: 'pushforward' jumps from time to time; 'restart' jumps to the data and adds
+noise for the next time. With classifier-free guidance where w > 0: two network calls a
+step.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from ism_jax import guidance
+from ism_jax import interpolant
+from ism_jax.objectives import BaseObjective, Batch, check_fraction
+
+NOISIEST = 0.994  # The largest a.
+ETA_STEP = 160 / 2**12
+SMALLEST_STEP = 1e-4
+SMALLEST_NOISE = 1e-6  # The smallest a; at 0 the weight is 0 times infinity.
+SMALLEST_NORM = 1e-8
+WEIGHT_BIAS = 4.0  # b
+WEIGHT_POWER = 1  # p
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(BaseObjective):
+    """See the module.
+
+    Attributes:
+      label_dropout: probability that a label becomes `null`.
+      group_size: M, samples that share their times.
+      data_std: deviation of the data, the noise's being 1.
+      sampler: 'pushforward' or 'restart'.
+    """
+
+    label_dropout: float = 0.1
+    group_size: int = 4
+    data_std: float = 0.5
+    sampler: Literal['pushforward', 'restart'] = 'pushforward'
+
+    def __post_init__(self):
+        check_fraction('objective.label_dropout', self.label_dropout)
+        if self.group_size < 1:
+            raise ValueError(
+                f'objective.group_size = {self.group_size} must be at least 1; 4 is '
+                'usual, 1 and 2 collapse'
+            )
+        if not 0 < self.data_std < math.inf:
+            raise ValueError(
+                f'objective.data_std = {self.data_std} must be a positive number, the '
+                "standard deviation of the data's values"
+            )
+        if self.sampler not in ('pushforward', 'restart'):
+            raise ValueError(
+                f"objective.sampler = {self.sampler!r} must be 'pushforward' or "
+                "'restart'"
+            )
+
+    def __call__(
+        self, apply, params, target_params, batch: Batch, key, *, distance, progress
+    ):
+        del target_params, progress  # The teacher is the network itself.
+        key_times, key_label = jax.random.split(key)
+        size = self.group_size
+        groups = batch.label.shape[0] // size
+        high, middle, low = self.sample_times(key_times, groups)
+        label = interpolant.drop_labels(
+            key_label, batch.label, self.label_dropout, self.num_classes
+        )
+
+        def jump(params, noisy):
+            noisy, end = jnp.repeat(noisy, size), jnp.repeat(low, size)
+            x = interpolant.interpolate(batch.noise, batch.data, 1 - noisy)
+            zeros = jnp.zeros_like(noisy)
+            velocity = self._scaled(apply)(
+                params, x, 1 - noisy, noisy - end, zeros, label
+            )
+            end_point = interpolant.step(x, velocity, noisy - end)
+            return end_point.reshape(groups, size, *x.shape[1:])
+
+        y = jump(params, high)
+        z = jax.lax.stop_gradient(jump(params, middle))
+        kernel = lambda first, second: self.kernel(first, second, high - low, distance)
+        discrepancy = kernel(y, y) + kernel(z, z) - 2 * kernel(y, z)
+        loss = jnp.mean(self.weight(high) * discrepancy)
+        values, parts = distance((y - z).reshape(batch.data.shape))
+        metrics = {f'moments/{name}': part.mean() for name, part in parts.items()}
+        return loss, {
+            'moments/loss': loss,
+            'moments/discrepancy': discrepancy.mean(),
+            'moments/error': values.mean(),
+            **metrics,
+        }
+
+    def sample_times(self, key, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Draws a, r and s, each [num], s <= r <= a."""
+        key_high, key_low = jax.random.split(key)
+        high = jax.random.uniform(
+            key_high, (num,), minval=SMALLEST_NOISE, maxval=NOISIEST
+        )
+        low = high * jax.random.uniform(key_low, (num,))
+        eta = high / (1 - high) - ETA_STEP
+        middle = jnp.minimum(high - SMALLEST_STEP, eta / (1 + eta))
+        return high, jnp.maximum(low, middle), low
+
+    def kernel(self, first, second, width, distance) -> jax.Array:
+        """Mean of the Laplace kernel over all pairs of each group.
+
+        Args:
+          first, second: [G, M, H, W, C].
+          width: [G], a - s.
+          distance: gives the norm.
+
+        Returns:
+          [G].
+        """
+        error = first[:, :, None] - second[:, None]
+        shape = error.shape[3:]
+        dimension = math.prod(shape)
+        square = dimension * distance(error.reshape(-1, *shape))[0]
+        # The clamp also keeps the gradient of a sample with itself finite.
+        norm = jnp.sqrt(jnp.maximum(square, SMALLEST_NORM**2))
+        norm = norm.reshape(first.shape[0], -1)
+        return jnp.exp(-norm / (dimension * width[:, None])).mean(1)
+
+    def weight(self, a) -> jax.Array:
+        """Weight of the loss at noise level a [G]."""
+        log_snr = 2 * jnp.log((1 - a) / a)
+        slope = 2 / (a * (1 - a))
+        shape = (1 - a) ** WEIGHT_POWER / ((1 - a) ** 2 + a**2)
+        return 0.5 * jax.nn.sigmoid(WEIGHT_BIAS - log_snr) * slope * shape
+
+    def _scaled(self, apply):
+        """The network, on inputs of unit deviation."""
+
+        def scaled(params, x, t, *rest):
+            scale = jax.lax.rsqrt((t * self.data_std) ** 2 + (1 - t) ** 2)
+            return apply(params, scale[:, None, None, None] * x, t, *rest)
+
+        return scaled
+
+    def velocity(self, apply, params, x, t, d, w, label):
+        scaled = self._scaled(apply)
+        return jax.lax.cond(
+            jnp.any(w != 0),
+            lambda: guidance.classifier_free_velocity(
+                scaled, params, x, t, d, label, w, self.num_classes
+            ),
+            lambda: scaled(params, x, t, d, jnp.zeros_like(w), label),
+        )
+
+    def sample(self, apply, params, noise, label, w, times, steps, key):
+        if self.sampler == 'pushforward':
+            return super().sample(apply, params, noise, label, w, times, steps, key)
+
+        def body(carry, step):
+            x, key = carry
+            key, key_noise = jax.random.split(key)
+            t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
+            data = interpolant.step(
+                x, self.velocity(apply, params, x, t, 1 - t, w, label), 1 - t
+            )
+            fresh = jax.random.normal(key_noise, x.shape)
+            return (interpolant.interpolate(fresh, data, t + d), key), None
+
+        return jax.lax.scan(body, (noise, key), (times, steps))[0][0]
+
+    def first_time(self) -> float:
+        return 1 - NOISIEST
+
+    def batch_multiple(self) -> int:
+        return self.group_size
+
+    def guidance_range(self) -> tuple[float, float]:
+        return 0.0, math.inf if self.label_dropout else 0.0
+
+    def model_options(self) -> dict:
+        return {'step_embedding': 'size'}
