@@ -1,0 +1,196 @@
+"""The ladder: what a recipe is, how runs are made, chosen and summed up."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ism_jax import ablation
+from ism_jax import config as config_lib
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / 'configs' / 'ablation.py')
+
+
+@pytest.fixture(scope='module')
+def module():
+    return ablation.load_config_file(CONFIG)
+
+
+def _changed(first, second):
+    allowed, refused = config_lib.differences(first, second)
+    return {line.split(':')[0] for line in allowed + refused}
+
+
+@pytest.mark.parametrize(
+    'before,after,fields',
+    [
+        ('+intrinsic_guidance', '+interval', {'objective.guidance_interval'}),
+        ('+interval', '+wavelet', {'wavelet.enabled'}),
+        ('+wavelet', '+sot', {'transport.enabled'}),
+        ('+sot', 'ism', {'ema.twin'}),
+        ('ism', 'ism-twin_ema', {'ema.twin'}),
+        ('ism', 'ism-sot', {'transport.enabled'}),
+        ('ism', 'ism-wavelet', {'wavelet.enabled'}),
+        ('ism', 'ism-interval', {'objective.guidance_interval'}),
+    ],
+)
+def test_a_rung_changes_its_part_and_nothing_else(module, before, after, fields):
+    configs = [ablation.resolve(module, r, (), 0) for r in (before, after)]
+    assert _changed(*configs) == fields
+
+
+def test_sm_and_the_systems(module):
+    sm = ablation.resolve(module, 'sm', (), 0)
+    first = ablation.resolve(module, '+intrinsic_guidance', (), 0)
+    assert sm.objective.name == 'shortcut' and first.objective.name == 'ism'
+    assert {f.split('.')[0] for f in _changed(sm, first)} == {
+        'objective',
+        'sample',
+        'log',
+    }
+    without = ablation.resolve(module, 'ism-intrinsic_guidance', (), 0)
+    assert without.objective == sm.objective
+    assert without.wavelet.enabled and without.transport.enabled and without.ema.twin
+    for name in module.SYSTEMS:
+        config = ablation.resolve(module, name, (), 0)
+        assert config.objective.name == name
+        assert not (config.wavelet.enabled or config.transport.enabled)
+        for section in ('data', 'train', 'optimizer', 'scores'):  # The same for all.
+            assert config[section] == sm[section]
+        assert config.sample.steps == sm.sample.steps == (1, 2, 4, 8, 128)
+    assert set(module.RECIPES) == {*module.RUNGS, *module.REMOVALS, *module.SYSTEMS}
+
+
+def test_fields_of_a_recipe(module):
+    config = ablation.resolve(
+        module, 'ism/transport.epsilon=0.5/objective.midpoint=online', ['train.steps=7',
+        'objective.batch_split=(4,2,2)', 'optimizer.warmup_steps=0'], 3,
+    )  # fmt: skip
+    assert config.transport.epsilon == 0.5 and config.objective.midpoint == 'online'
+    assert config.train.steps == 7 and config.objective.batch_split == (4, 2, 2)
+    assert config.seed == 3
+
+
+@pytest.mark.parametrize(
+    'recipe,message',
+    [
+        ('sot', "recipe 'sot' is not one of sm, "),
+        ('ism/transport.epsilom=1', 'one of transport.epsilon'),
+        ('ism/transport.epsilon', 'write field=value'),
+        ('ism/transport.epsilon=small', "epsilon = 'small' must be a float"),
+        ('ism/train.steps=1.5', "train.steps = '1.5' must be a int"),
+        ('ism/train.batch_size=30', 'multiple of 4'),
+    ],
+)
+def test_bad_recipes_are_refused(module, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        ablation.resolve(module, recipe, (), 0)
+
+
+class FakeScorer:
+    """FD by (steps, guidance); keeps what it was asked."""
+
+    def __init__(self, distances):
+        self.distances, self.asked = distances, []
+
+    def __call__(self, params, *, steps, guidance, samples, noise_seed):
+        self.asked.append((steps, guidance, noise_seed))
+        fd = self.distances[steps, guidance]
+        return {'steps': steps, 'guidance': guidance, 'fd': fd, 'samples': samples}
+
+
+def test_guidance_is_chosen_on_other_noise():
+    scorer = FakeScorer({(1, 0.0): 9.0, (1, 1.0): 5.0, (8, 0.0): 3.0, (8, 1.0): math.nan,
+                         (128, 0.0): 2.0, (128, 1.0): 1.0})  # fmt: skip
+    records = ablation.score(
+        scorer, None, steps=(1, 8, 128), guidance=(0.0, 1.0), samples=10, seed=4
+    )
+    # 128 steps take the choice of 8, where NaN has lost.
+    assert [(r['steps'], r['guidance']) for r in records] == [(1, 1), (8, 0), (128, 0)]
+    scored = [ask for ask in scorer.asked if ask[2] == 4]
+    choosing = [ask for ask in scorer.asked if ask[2] != 4]
+    assert [ask[0] for ask in scored] == [1, 8, 128]
+    assert len(choosing) == 4 and {ask[0] for ask in choosing} == {1, 8}
+    assert records[0]['chosen_from'] == {'0': 9.0, '1': 5.0}
+    single = FakeScorer({(1, 0.5): 2.0})
+    ablation.score(single, None, steps=(1,), guidance=(0.5,), samples=10, seed=0)
+    assert single.asked == [(1, 0.5, 0)]  # Nothing to choose.
+
+
+def _records():
+    return [
+        {'recipe': recipe, 'seed': seed, 'steps': steps, 'guidance': 0.0,
+         'fd': base + seed + steps, 'accuracy': 0.5, 'train_minutes': 2.0}
+        for recipe, base in (('sm', 20.0), ('ism', 10.0), ('flow_matching', 30.0))
+        for seed in (0, 1, 2)
+        for steps in (1, 4)
+    ]  # fmt: skip
+
+
+def test_means_and_standard_errors():
+    cells = ablation.summarize(_records(), 'fd')
+    mean, error, count = cells['sm', 4]
+    assert (mean, count) == (25.0, 3)
+    np.testing.assert_allclose(error, 1 / math.sqrt(3))
+    assert math.isnan(ablation.summarize(_records()[:1], 'fd')['sm', 1][1])
+
+
+def test_table_and_plot(module, tmp_path):
+    table = ablation.write_summary(_records(), module, tmp_path / 'ladder.json')
+    lines = table.splitlines()
+    assert [line.split('`')[1] for line in lines[2:]] == ['sm', 'ism', 'flow_matching']
+    assert '| 22.0 ± 0.577 (50%) | 25.0 ± 0.577 (50%) | 3 | 2.0 |' in lines[2]
+    assert (tmp_path / 'ladder.png').read_bytes()[:4] == b'\x89PNG'
+    assert (tmp_path / 'ladder.md').read_text() == table
+    with pytest.raises(ValueError, match='no records'):
+        ablation.write_summary([], module, tmp_path / 'ladder.json')
+
+
+TINY = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location('ablation', {CONFIG!r})
+full = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(full)
+RECIPES = ('sm', 'ism')
+RUNGS, SYSTEMS = RECIPES, {{}}
+
+
+def get_config(arg=''):
+    c = full.get_config(arg + ',runlocal')
+    c.sample.steps = (1, 2)
+    return c
+"""
+
+
+def test_runs_resume_and_failures_do_not_end_the_others(tmp_path):
+    config = tmp_path / 'tiny.py'
+    config.write_text(TINY)
+    lines = []
+
+    def run_all(recipes):
+        return ablation.run_all(
+            ablation.load_config_file(config), str(config), recipes=recipes, seeds=[0],
+            changes=['train.max_skipped_in_row=1'], workdir=tmp_path / 'runs',
+            out=tmp_path / 'out.json', parallel=2, show=lines.append,
+        )  # fmt: skip
+
+    diverges = 'ism/optimizer.learning_rate=1e38'
+    failures = run_all([diverges, 'sm'])
+    assert list(failures) == [f'{diverges}, seed 0']
+    assert 'not finite' in failures[f'{diverges}, seed 0']
+    records = json.loads((tmp_path / 'out.json').read_text())
+    assert [(r['recipe'], r['steps']) for r in records] == [('sm', 1), ('sm', 2)]
+    wanted = {'recipe', 'seed', 'steps', 'guidance', 'fd', 'accuracy', 'command',
+              'hardware', 'commit'}  # fmt: skip
+    assert wanted <= records[0].keys()
+    assert records[0]['guidance'] == 0.5  # Part of SM's training.
+
+    # What is finished is not run again; the record of it stays.
+    before = (tmp_path / 'runs' / 'sm_seed0' / 'log.txt').stat().st_mtime
+    assert not run_all(['sm'])
+    assert '1 of 1 runs are finished' in lines
+    assert (tmp_path / 'runs' / 'sm_seed0' / 'log.txt').stat().st_mtime == before
+    assert json.loads((tmp_path / 'out.json').read_text()) == records
