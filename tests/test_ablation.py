@@ -103,8 +103,10 @@ class FakeScorer:
 
 
 def test_guidance_is_chosen_on_other_noise():
-    scorer = FakeScorer({(1, 0.0): 9.0, (1, 1.0): 5.0, (8, 0.0): 3.0, (8, 1.0): math.nan,
-                         (128, 0.0): 2.0, (128, 1.0): 1.0})  # fmt: skip
+    scorer = FakeScorer({
+        (1, 0.0): 9.0, (1, 1.0): 5.0, (8, 0.0): 3.0, (8, 1.0): math.nan,
+        (128, 0.0): 2.0, (128, 1.0): 1.0,
+    })  # fmt: skip
     records = ablation.score(
         scorer, None, steps=(1, 8, 128), guidance=(0.0, 1.0), samples=10, seed=4
     )

@@ -148,8 +148,9 @@ def test_no_gradient_flows_into_targets():
         apply = lambda p, *args: p * _network(1.0, *args)
         distance = lambda e: (jnp.mean(e**2, axis=(1, 2, 3)), {})
         return _objective(midpoint=midpoint)(
-            apply, params, target_params, batch, jax.random.key(0), distance=distance, progress=0.0
-        )[0]
+            apply, params, target_params, batch, jax.random.key(0),
+            distance=distance, progress=0.0,
+        )[0]  # fmt: skip
 
     for midpoint in ('target', 'online'):
         assert jax.grad(loss, argnums=1)(1.0, 2.0, midpoint) == 0

@@ -112,6 +112,14 @@ class BaseObjective:
         """Where the method's time begins; noise is taken for a sample of that time."""
         return 0.0
 
+    def learns_steps(self) -> bool:
+        """Whether the network is told the step size; else it knows only velocities."""
+        return True
+
+    def uses_target(self) -> bool:
+        """Whether `target_params` make targets; else the network teaches itself."""
+        return False
+
     def batch_multiple(self) -> int:
         """Batch sizes must be a multiple of this."""
         return 1

@@ -139,3 +139,6 @@ class Objective(BaseObjective):
 
     def first_time(self) -> float:
         return 1 / (1 + self.sigma_max)
+
+    def learns_steps(self) -> bool:
+        return False

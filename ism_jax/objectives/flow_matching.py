@@ -61,3 +61,6 @@ class Objective(BaseObjective):
 
     def guidance_range(self) -> tuple[float, float]:
         return 0.0, math.inf if self.label_dropout else 0.0
+
+    def learns_steps(self) -> bool:
+        return False

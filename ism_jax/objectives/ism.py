@@ -211,6 +211,9 @@ class Objective(BaseObjective):
     def finest_steps(self) -> int:
         return self.base_steps
 
+    def uses_target(self) -> bool:
+        return True
+
     def batch_multiple(self) -> int:
         """Batch sizes must be a multiple of this, so that the split is exact."""
         return sum(self.batch_split)

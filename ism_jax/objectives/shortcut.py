@@ -185,3 +185,6 @@ class Objective(BaseObjective):
 
     def finest_steps(self) -> int:
         return self.base_steps
+
+    def uses_target(self) -> bool:
+        return True
