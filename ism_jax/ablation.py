@@ -9,8 +9,8 @@ unfinished one resumes from its checkpoint.
 
     --recipes sm,ism,ism/transport.epsilon=0.02/ema.target_decay=0.99
 
-chooses recipes, with fields set otherwise after a slash; `--set train.steps=500` sets a
-field for all. Scores are those of `ism_jax.evaluate`. Where a method offers a range of
+chooses recipes, with fields set otherwise after a slash (in double quotes where a value
+has a comma); `--set train.steps=500` sets a field for all. Scores are those of `ism_jax.evaluate`. Where a method offers a range of
 guidance, each number of steps up to 8 takes the strength of `sample.guidance` with the
 lowest Frechet distance on a separate set of samples, more steps that of 8; the score is
 then of other noise.
@@ -28,6 +28,7 @@ import os
 from pathlib import Path
 import platform
 import queue
+import shlex
 import subprocess
 import sys
 import time
@@ -238,12 +239,13 @@ def run_all(
         prepare_classifier(next(iter(configs.values())), workdir, show)
 
     def command_of(recipe, seed):
+        if ',' in recipe:  # In a list it is one only within quotes.
+            recipe = f'"{recipe}"'
         parts = [
-            'python -m ism_jax.ablation', f'--config {config_path}',
-            f'--recipes {recipe}', f'--seeds {seed}',
-            *(f'--set {change}' for change in changes),
+            'python', '-m', 'ism_jax.ablation', '--config', config_path,
+            '--recipes', recipe, '--seeds', str(seed),
         ]  # fmt: skip
-        return ' '.join(parts)
+        return shlex.join([*parts, *(f'--set={change}' for change in changes)])
 
     def serve(slot: int):
         while True:

@@ -7,10 +7,14 @@ from pathlib import Path
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from ism_jax import checkpoint
 from ism_jax import config as config_lib
 from ism_jax import objectives
+from ism_jax import sample
+from ism_jax import train
 from ism_jax.models import sit
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +149,27 @@ def test_bad_options_of_a_method_are_refused_by_name(name, change, message):
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         config_lib.validate(config)
+
+
+def test_the_readmes_objective_is_all_that_a_new_one_needs(tmp_path, monkeypatch):
+    blocks = (ROOT / 'README.md').read_text().split('```python')[1:]
+    (code,) = (b.split('```')[0] for b in blocks if '(BaseObjective)' in b)
+    assert len(code.strip().splitlines()) <= 21
+    (tmp_path / 'logit_normal.py').write_text(code)
+    monkeypatch.setattr(objectives, '__path__', [*objectives.__path__, str(tmp_path)])
+    config, _ = _get_config(
+        ROOT / 'configs' / 'fashion_mnist.py', 'logit_normal,runlocal'
+    )
+    config.train.steps = 8
+    config.log.grid_every = 0
+    config.scores.enabled = False
+    state = train.train(config, tmp_path / 'run')
+    assert int(state.step) == 8 and int(state.skipped) == 0
+    run = checkpoint.load_run(tmp_path / 'run')
+    images = sample.sample_grid(
+        run, schedules_=[(0.5, 0.5)], guidance=[0.0], labels=[1, 2], seed=0
+    )
+    assert images.shape == (1, 1, 2, 32, 32, 1) and np.isfinite(images).all()
 
 
 def test_weights_can_be_given_on_the_command_line():
