@@ -10,10 +10,12 @@ unfinished one resumes from its checkpoint.
     --recipes sm,ism,ism/transport.epsilon=0.02/ema.target_decay=0.99
 
 chooses recipes, with fields set otherwise after a slash (in double quotes where a value
-has a comma); `--set train.steps=500` sets a field for all. Scores are those of `ism_jax.evaluate`. Where a method offers a range of
-guidance, each number of steps up to 8 takes the strength of `sample.guidance` with the
-lowest Frechet distance on a separate set of samples, more steps that of 8; the score is
-then of other noise.
+has a comma); `--set train.steps=500` sets a field for all.
+
+Scores are those of `ism_jax.evaluate`. Where a method offers a range of guidance, each
+number of steps up to 8 takes the strength of `sample.guidance` with the lowest Frechet
+distance on a separate set of samples, more steps that of 8; the score is then of other
+noise.
 
 Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot (`.png`)
 beside it. `--summary` only reads the records and writes these two.
