@@ -223,9 +223,14 @@ def run_all(
         for seed in seeds
         for recipe in recipes
     }
-    results = {}
+    results, same, first = {}, {}, {}
     waiting = queue.Queue()
     for (recipe, seed), config in configs.items():
+        # Recipes that are the same run by two names are run once.
+        original = first.setdefault(config_lib.to_json(config), (recipe, seed))
+        if original != (recipe, seed):
+            same[recipe, seed] = original
+            continue
         folder = run_folder(workdir, recipe, seed)
         text = config_lib.to_json(config)
         path = folder / 'config.json'
@@ -235,8 +240,15 @@ def run_all(
         folder.mkdir(parents=True, exist_ok=True)
         files.write_bytes(path, text.encode())
         waiting.put((recipe, seed))
-    show(f'{len(results)} of {len(configs)} runs are finished')
+    show(f'{len(results)} of {len(first)} runs are finished')
     failures, started, total = {}, time.time(), waiting.qsize()
+
+    def write_records():
+        named = results | {
+            other: results[own] for other, own in same.items() if own in results
+        }
+        write(out, named, command_of)
+
     if total:
         prepare_classifier(next(iter(configs.values())), workdir, show)
 
@@ -274,12 +286,12 @@ def run_all(
                 f'{recipe}, seed {seed}: {minutes:.1f} min; FD by steps {distances} '
                 f'(about {left:.0f} min left)'
             )
-            write(out, results, command_of)
+            write_records()
 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
         for future in [pool.submit(serve, slot) for slot in range(parallel)]:
             future.result()
-    write(out, results, command_of)
+    write_records()
     return failures
 
 

@@ -387,6 +387,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'model.step_embedding = {c.model.step_embedding!r} does not serve '
             f'objective.name = {c.objective.name!r}; set it to {needed!r}'
         )
+    if objective.finest_steps() > 2**sit.MAX_LEVELS:
+        raise ValueError(
+            f'objective.base_steps = {objective.finest_steps()} must be at most '
+            f'{2**sit.MAX_LEVELS}, the sizes that the network tells apart'
+        )
     _validate_batch(c, objective)
     if c.wavelet.enabled:
         shape = (c.data.image_size, c.data.image_size, c.data.channels)

@@ -81,6 +81,7 @@ def test_every_field_is_read():
         ({'train.batch_size': 30}, 'multiple of 4'),
         ({'train.batch_size': 48, 'train.accumulate': 2}, 'at least 56'),
         ({'objective.base_steps': 100}, 'objective.base_steps = 100'),
+        ({'objective.base_steps': 2**17}, 'base_steps = 131072 must be at most 65536'),
         ({'model.num_heads': 7}, 'model.num_heads = 7 does not divide'),
         ({'model.patch_size': 5}, 'model.patch_size = 5 does not divide'),
         ({'model.dtype': 'float16'}, "model.dtype = 'float16' must be one of"),

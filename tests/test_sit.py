@@ -101,9 +101,10 @@ def test_without_step_and_guidance_it_is_a_sit():
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize('step_embedding', sit.STEP_EMBEDDINGS)
 @pytest.mark.parametrize('d,w', [(0.5, 0.0), (0.0, 1.5)])
-def test_step_and_guidance_start_without_effect_and_can_learn_one(d, w):
-    model = sit.SiT(**SMALL)
+def test_step_and_guidance_start_without_effect_and_can_learn_one(d, w, step_embedding):
+    model = sit.SiT(**SMALL, step_embedding=step_embedding)
     x, t, d, w, label = _inputs(d=d, w=w)
     zeros = np.zeros_like(d)
 
@@ -113,13 +114,39 @@ def test_step_and_guidance_start_without_effect_and_can_learn_one(d, w):
         return float(jnp.abs(out - plain).max())
 
     fresh = _random_params(model)
-    for name in ('step_embedding', 'guidance_embedding'):
-        fresh[name]['out'] = jax.tree.map(jnp.zeros_like, fresh[name]['out'])
-    assert effect(fresh) == 0 and effect(_random_params(model)) > 1e-3
     initial = sit.init_params(model, SHAPE, jax.random.key(0))
     for name in ('step_embedding', 'guidance_embedding'):
+        if 'embedding' in fresh[name]:  # A table, all of zeros at first.
+            fresh[name] = jax.tree.map(jnp.zeros_like, fresh[name])
+            assert not np.any(initial[name]['embedding'])
+            continue
+        fresh[name]['out'] = jax.tree.map(jnp.zeros_like, fresh[name]['out'])
         assert not np.any(initial[name]['out']['kernel'])
         assert np.any(initial[name]['hidden']['kernel'])
+    assert effect(fresh) == 0 and effect(_random_params(model)) > 1e-3
+
+
+def test_sizes_are_shown_smoothly():
+    """MeanFlow differentiates in d, also at 0, where the network is a SiT."""
+    model = sit.SiT(**SMALL, step_embedding='size', time_scale=1.0)
+    params = _random_params(model)
+    x, t, d, w, label = _inputs()
+    out = lambda d: model.apply({'params': params}, x, t, d, w, label)
+    for at in (0.0, 0.3):
+        start, direction = jnp.full_like(t, at), jnp.ones_like(t)
+        value, slope = jax.jvp(out, (start,), (direction,))
+        np.testing.assert_allclose(value, out(start), atol=1e-6)
+        ratio = (out(start + 1e-2) - value) / 1e-2
+        assert jnp.abs(slope).max() > 1e-2
+        np.testing.assert_allclose(ratio, slope, atol=0.1 * jnp.abs(slope).max())
+    np.testing.assert_array_equal(
+        out(jnp.zeros_like(t)),
+        sit.SiT(**SMALL, step_embedding='size', time_scale=1.0).apply(
+            {'params': params | {'step_embedding': jax.tree.map(
+                jnp.zeros_like, params['step_embedding'])}},
+            x, t, jnp.full_like(t, 0.5), w, label,
+        ),
+    )  # fmt: skip
 
 
 def test_guidance_is_continuous_and_steps_are_told_apart():

@@ -48,10 +48,11 @@ ATTENTION_IMPLEMENTATIONS = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
 
 FREQUENCY_FEATURES = 256
 MAX_PERIOD = 10_000.0
+MAX_LEVELS = 16  # Of step sizes that are told apart: down to 1/32768.
 STEP_EMBEDDINGS = ('level', 'size')
-# The sinusoids were made for times of 0 to 1000 (DiT), hence `time_scale`. Levels of d
-# are integers 0 to 7 already; guidance strengths, a quarter apart, are spread to be
-# told apart while values in between (the user's slider) stay close to their neighbours.
+# The sinusoids were made for times of 0 to 1000 (DiT), hence `time_scale`. Guidance
+# strengths, a quarter apart, are spread to be told apart while values in between (the
+# user's slider) stay close to their neighbours.
 GUIDANCE_SCALE = 10.0
 
 
@@ -268,13 +269,23 @@ class SiT(nn.Module):
         condition = ScalarEmbedding(self.hidden_size, name='time_embedding')(
             t * self.time_scale
         ) + classes(label)
-        step = ScalarEmbedding(self.hidden_size, zero_init=True, name='step_embedding')
         if self.step_embedding == 'size':
+            step = ScalarEmbedding(
+                self.hidden_size, zero_init=True, name='step_embedding'
+            )
             condition += d[:, None] * step(d * self.time_scale)
         else:
-            # 0 for d = 1, 1 for d = 1/2, ... (as in Shortcut Models).
-            level = -jnp.log2(jnp.where(d > 0, d, 1.0))
-            condition += jnp.where(d[:, None] > 0, step(level), 0.0)
+            # Row 0 for d = 1, 1 for d = 1/2, ...: a table and no sinusoids, of which
+            # most are constant over the few levels. They add up to steps of a
+            # hundred learning rates, and embeddings that drown the class.
+            table = nn.Embed(
+                MAX_LEVELS,
+                self.hidden_size,
+                embedding_init=nn.initializers.zeros,
+                name='step_embedding',
+            )
+            level = jnp.round(-jnp.log2(jnp.where(d > 0, d, 1.0))).astype(jnp.int32)
+            condition += jnp.where(d[:, None] > 0, table(level), 0.0)
         guidance = ScalarEmbedding(
             self.hidden_size, zero_init=True, name='guidance_embedding'
         )
