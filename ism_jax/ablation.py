@@ -39,6 +39,7 @@ from absl import app
 from absl import flags
 import jax
 from matplotlib import figure as figures
+from matplotlib import ticker
 import numpy as np
 
 from ism_jax import build
@@ -455,6 +456,9 @@ def plot(records: Sequence[dict], rungs: Sequence[str], systems: Sequence[str]):
     right.set_title('The systems')
     for axes in (left, right):
         axes.set_yscale('log')
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_minor_formatter('')
         axes.set_ylabel('Frechet distance (lower is better)')
         axes.grid(alpha=0.3, which='both')
         axes.spines[['top', 'right']].set_visible(False)
