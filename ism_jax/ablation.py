@@ -17,8 +17,8 @@ number of steps up to 8 takes the strength of `sample.guidance` with the lowest 
 distance on a separate set of samples, more steps that of 8; the score is then of other
 noise.
 
-Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot (`.png`)
-beside it. `--summary` only reads the records and writes these two.
+Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot of the
+ladder and the systems (`.png`) beside it. `--summary` only reads the records and writes these two.
 """
 
 from collections.abc import Sequence
@@ -462,18 +462,23 @@ def plot(records: Sequence[dict], rungs: Sequence[str], systems: Sequence[str]):
         axes.set_ylabel('Frechet distance (lower is better)')
         axes.grid(alpha=0.3, which='both')
         axes.spines[['top', 'right']].set_visible(False)
-        axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:  # Only the other half was run.
+            axes.legend(frameon=False)
     return figure
 
 
 def write_summary(records: Sequence[dict], module, out: Path) -> str:
-    """Writes the table and the plot beside `out`; returns the table."""
+    """Writes the table beside `out` and returns it.
+
+    The plot too, where there are rungs or systems to be drawn.
+    """
     if not records:
         raise ValueError(f'{out} holds no records; run without --summary first')
     table = format_table(records, module.RECIPES)
     files.write_bytes(out.with_suffix('.md'), table.encode())
-    figure = plot(records, module.RUNGS, ('sm', *module.SYSTEMS))
-    figure.savefig(out.with_suffix('.png'), dpi=110)
+    if {record['recipe'] for record in records} & {*module.RUNGS, *module.SYSTEMS}:
+        figure = plot(records, module.RUNGS, ('sm', *module.SYSTEMS))
+        figure.savefig(out.with_suffix('.png'), dpi=110)
     return table
 
 
@@ -507,8 +512,8 @@ def run_flags():
             print(f'failed: {run}: {problem}')
     records = json.loads(out.read_text()) if out.exists() else []
     print(write_summary(records, module, out))
-    print(f'records: {out}; table: {out.with_suffix(".md")}; plot: '
-          f'{out.with_suffix(".png")}')  # fmt: skip
+    written = [p for p in (out, *map(out.with_suffix, ('.md', '.png'))) if p.exists()]
+    print(f'wrote {", ".join(map(str, written))}')
     if not FLAGS.summary and failures:
         sys.exit(1)
 

@@ -200,7 +200,7 @@ def _paired_data(config, num_classes: int, samples: int):
     couple = build.make_coupling(config, mesh, num_classes)
     loader = pipeline.PoolLoader(
         source, batches=batches, batch_size=config.train.batch_size, seed=config.seed,
-        flip=config.data.flip, num_threads=config.data.num_threads, prefetch=1,
+        flip=config.data.flip, num_threads=1,
     )  # fmt: skip
     size = batches * config.train.batch_size
     parts = []

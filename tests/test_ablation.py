@@ -151,6 +151,14 @@ def test_table_and_plot(module, tmp_path):
         ablation.write_summary([], module, tmp_path / 'ladder.json')
 
 
+def test_only_rungs_and_systems_are_plotted(module, tmp_path):
+    records = [r | {'recipe': 'ism/ema.target_decay=0.99'} for r in _records()]
+    assert 'target_decay' in ablation.write_summary(
+        records[:1], module, tmp_path / 'choices.json'
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ['choices.md']
+
+
 TINY = f"""
 import importlib.util
 spec = importlib.util.spec_from_file_location('ablation', {CONFIG!r})
