@@ -18,7 +18,8 @@ distance on a separate set of samples, more steps that of 8; the score is then o
 noise.
 
 Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot of the
-ladder and the systems (`.png`) beside it. `--summary` only reads the records and writes these two.
+ladder and the systems (`.png`) beside it. `--summary` only reads the records and writes
+these two.
 """
 
 from collections.abc import Sequence
