@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 from ism_jax import build
 from ism_jax import config as config_lib
 from ism_jax import files
+from ism_jax import portable
 from ism_jax import sharding
 from ism_jax.models import sit
 from ism_jax.train_state import TrainState
@@ -155,7 +156,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     """Loads what is needed to sample from a run: its slow average and its config.
 
     Args:
-      workdir: folder of the run.
+      workdir: folder of the run, or of a network that `ism_jax.convert` wrote.
       step: which checkpoint; None for the latest.
 
     Raises:
@@ -163,8 +164,11 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     """
     path = Path(workdir) / 'run.json'
     if not path.exists():
+        if portable.exists(workdir):
+            return _load_portable(workdir, step)
         raise ValueError(
-            f'{workdir} holds no run (no run.json); give the --workdir of ism_jax.train'
+            f'{workdir} holds no run (no run.json); give the --workdir of '
+            'ism_jax.train, or a folder that ism_jax.convert wrote'
         )
     content = json.loads(path.read_text())
     config = config_lib.from_json(json.dumps(content['config']))
@@ -190,6 +194,27 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     return Run(
         config, model, restored['infer'], step, tuple(content['class_names']), shape
     )
+
+
+def _load_portable(folder, step: int | None) -> Run:
+    network = portable.read(folder)
+    if step not in (None, network.step):
+        raise ValueError(
+            f'{folder} has no checkpoint {step}; it holds one network, of step '
+            f'{network.step}'
+        )
+    if network.predicts != 'velocity':
+        raise ValueError(
+            f'{folder} holds a network that predicts {network.predicts}, not a '
+            f'velocity ({network.origin}); it is a start for training, with '
+            f'--config.train.init_from={folder}'
+        )
+    place = sharding.replicated(sharding.make_mesh())
+    params = jax.device_put(portable.initialised(network), place)
+    return Run(
+        network.config, network.model(), params, network.step, network.class_names,
+        network.image_shape,
+    )  # fmt: skip
 
 
 def _folder(workdir) -> Path:

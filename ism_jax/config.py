@@ -92,6 +92,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.train = ml_collections.ConfigDict()
     c.train.steps = 800_000
+    c.train.init_from = ''  # A folder of ism_jax.convert to start from; '' for none.
     c.train.batch_size = 256  # Global: over all devices and processes.
     c.train.accumulate = 1  # Parts of a batch whose gradients are averaged.
     c.train.max_skipped_in_row = 10  # Non-finite steps before the run stops.

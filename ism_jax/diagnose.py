@@ -160,7 +160,15 @@ def load_averages(workdir, run: checkpoint.Run) -> dict[str, Any]:
     """Online parameters and averages of a checkpoint: {'online', 'target', 'infer'}.
 
     Without a second average 'target' is missing: 'infer' makes the targets too.
+
+    Raises:
+      ValueError: a folder that holds the slow average alone.
     """
+    if not checkpoint.saved_steps(workdir):
+        raise ValueError(
+            f'{workdir} holds one network without the other averages; give the '
+            '--workdir of the run that it was exported from'
+        )
     place = sharding.replicated(sharding.make_mesh())
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

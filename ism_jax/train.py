@@ -7,6 +7,9 @@ model, objective, wavelet, transport, ema, optimizer, train, mesh, log, checkpoi
 sample and scores; `ism_jax/config.py` lists the fields with what they mean, and
 `ism_jax/objectives/` those of each objective. `configs/fashion_mnist.py:runlocal` keeps
 the method of a config and shrinks the rest to a minute on a CPU.
+
+`--config.train.init_from=FOLDER` starts a new run from a network that
+`ism_jax.convert` wrote, such as a pretrained SiT; a run that goes on ignores it.
 """
 
 import functools
@@ -25,6 +28,7 @@ from ism_jax import build
 from ism_jax import checkpoint
 from ism_jax import command_line
 from ism_jax import config as config_lib
+from ism_jax import portable
 from ism_jax import progress
 from ism_jax import schedule
 from ism_jax import sharding
@@ -63,6 +67,10 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
     check_devices(config, mesh)
     model = build.make_model(config, num_classes)
     objective = config_lib.make_objective(config, num_classes)
+    start = None
+    if config.train.init_from and not checkpoint.saved_steps(workdir):
+        start = portable.read(config.train.init_from)
+        portable.check_start(start, model, source.image_shape, config.train.init_from)
     batches = config.transport.batches if config.transport.enabled else 1
     loader = pipeline.PoolLoader(
         source,
@@ -83,6 +91,8 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
         mesh,
         twin_ema=config.ema.twin,
     )
+    if start is not None:
+        state = train_state.start_from(state, start.params, shardings)
 
     workdir.mkdir(parents=True, exist_ok=True)
     checkpointer = checkpoint.Checkpointer(
@@ -101,6 +111,11 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
     report.show(progress.summary(config, model, state.params, mesh, source, workdir))
     if first_step:
         report.show(f'resuming at step {first_step}')
+    if start is not None:
+        report.show(
+            f'starting from {config.train.init_from}: {start.origin}, which predicts '
+            f'{start.predicts}'
+        )
     for line in allowed_changes:
         report.show(f'changed since the run was started: {line}')
 

@@ -1,10 +1,12 @@
 """What training carries from step to step, and how it starts."""
 
+import dataclasses
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ism_jax import sharding
@@ -67,3 +69,30 @@ def create(
     # Without partitionable keys the values would depend on the sharding.
     with jax.threefry_partitionable(True):
         return jax.jit(init, out_shardings=shardings)(), shardings
+
+
+def start_from(state: TrainState, modules: dict[str, Any], shardings) -> TrainState:
+    """A fresh state, of which all trees of parameters start from other values.
+
+    Args:
+      state, shardings: of `create`.
+      modules: NumPy arrays by module; modules that are missing keep their values.
+    """
+
+    def place(leaf, sharding):
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: np.array(leaf[index])
+        )
+
+    def replace(params, shardings):
+        chosen = {name: shardings[name] for name in modules}
+        return {**params, **jax.tree.map(place, modules, chosen)}
+
+    return dataclasses.replace(
+        state,
+        **{
+            name: replace(getattr(state, name), getattr(shardings, name))
+            for name in ('params', 'target', 'infer')
+            if getattr(state, name) is not None
+        },
+    )

@@ -70,11 +70,15 @@ def preset(name: str) -> dict[str, int]:
     return dict(PRESETS[name])
 
 
+def frequencies() -> np.ndarray:
+    """Of the sinusoidal features, [128] float64, in radians per unit."""
+    half = FREQUENCY_FEATURES // 2
+    return np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
+
+
 def frequency_features(x: jax.Array) -> jax.Array:
     """Sinusoidal features of a scalar per sample, [B] -> [B, 256] (as in DiT)."""
-    half = FREQUENCY_FEATURES // 2
-    frequencies = np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
-    angles = x.astype(jnp.float32)[:, None] * frequencies[None].astype(np.float32)
+    angles = x.astype(jnp.float32)[:, None] * frequencies()[None].astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
