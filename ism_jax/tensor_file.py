@@ -18,7 +18,7 @@ import safetensors
 TORCH_SUFFIXES = ('.pt', '.pth', '.ckpt', '.bin')
 # Earlier ones ran code of a crafted file in spite of weights_only (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
-INSTALL_TORCH = 'pip install torch --index-url https://download.pytorch.org/whl/cpu'
+INSTALL_TORCH = 'pip install torch (the CPU build is enough, see pytorch.org)'
 # Where training programs nest the tensors; the first that is there is read.
 NESTINGS = ('ema', 'model', 'state_dict')
 PARALLEL_PREFIX = 'module.'  # Of every name, where DistributedDataParallel was saved.
