@@ -143,6 +143,7 @@ def couple(
     max_iterations: int = 200,
     tolerance: float = 0.05,
     class_capacity: int | None = None,
+    max_classes: int | None = None,
 ) -> Coupling:
     """Couples noise and data.
 
@@ -167,9 +168,11 @@ def couple(
       max_iterations: of Sinkhorn.
       tolerance: of Sinkhorn, on the L1 error of marginals that sum to 1.
       class_capacity: most points of a class for the fast path of `per_class`, which
-        needs num_classes * class_capacity**2 floats a matrix; None for the mean over
-        the classes and four deviations. Pools with larger classes are coupled exactly
-        too, only slower; nothing is compiled again.
+        needs max_classes * class_capacity**2 floats a matrix; None for the mean over
+        the classes and four deviations.
+      max_classes: most classes in a pool for the fast path; None for `num_classes`.
+        Pools with larger or more classes are coupled exactly too, only slower; nothing
+        is compiled again.
 
     Returns:
       A `Coupling`. Report of every method:
@@ -196,7 +199,7 @@ def couple(
     """
     _check(
         noise, data, labels, key,
-        method, per_class, num_classes, epsilon, class_capacity,
+        method, per_class, num_classes, epsilon, class_capacity, max_classes,
     )  # fmt: skip
     size = data.shape[0]
     here = jnp.arange(size, dtype=jnp.int32)
@@ -216,7 +219,7 @@ def couple(
     else:
         points, report_plan = _solve_classes(
             solve, _centre(noise), _centre(data), labels, key,
-            num_classes, class_capacity,
+            num_classes, class_capacity, min(max_classes or num_classes, num_classes),
         )  # fmt: skip
         index = points['choice']
 
@@ -251,8 +254,9 @@ def couple(
 
 
 def _check(
-    noise, data, labels, key, method, per_class, num_classes, epsilon, class_capacity
-):
+    noise, data, labels, key,
+    method, per_class, num_classes, epsilon, class_capacity, max_classes,
+):  # fmt: skip
     if method not in METHODS:
         raise ValueError(
             f'transport.method = {method!r} is not one of {", ".join(METHODS)}; '
@@ -291,36 +295,45 @@ def _check(
             f'class_capacity = {class_capacity} must be between 1 and the number of '
             f'data points, {data.shape[0]}; None chooses one'
         )
+    if max_classes is not None and max_classes < 1:
+        raise ValueError(
+            f'max_classes = {max_classes} must be at least 1; None for num_classes'
+        )
 
 
-def _solve_classes(solve, noise, data, labels, key, num_classes, class_capacity):
+def _solve_classes(
+    solve, noise, data, labels, key, num_classes, class_capacity, blocks
+):
     """One problem for each class; results by point, as if it were one problem.
 
     The shapes are static: classes are blocks of a fixed capacity, padded with points
-    that can only be paired with themselves. Where a class does not fit, the whole pool
-    is one problem with a mask; one of the two is run.
+    that can only be paired with themselves. Where a class does not fit, or there are
+    more than `blocks`, the whole pool is one problem with a mask; one of both is run.
     """
     size = data.shape[0]
     here = jnp.arange(size, dtype=jnp.int32)
     known = (labels >= 0) & (labels < num_classes)
     group = jnp.where(known, labels, num_classes).astype(jnp.int32)
     counts = jnp.zeros(num_classes + 1, jnp.int32).at[group].add(1)
+    # The classes that are there, numbered; more than there are blocks fall off the end.
+    present = counts[:num_classes] > 0
+    number = jnp.append(jnp.cumsum(present) - 1, blocks).astype(jnp.int32)
     order = jnp.argsort(group, stable=True).astype(jnp.int32)
     start = jnp.cumsum(counts) - counts
     rank = here - start[group[order]]  # Within its class, of the points in order.
 
-    mean = size / num_classes
+    mean = size / blocks
     capacity = class_capacity or 8 * math.ceil((mean + 4 * math.sqrt(mean)) / 8)
 
     def in_blocks():
-        table = jnp.full((num_classes, capacity), size, jnp.int32)
-        # Points of unknown class fall off the end.
-        table = table.at[group[order], rank].set(order, mode='drop')
+        table = jnp.full((blocks, capacity), size, jnp.int32)
+        # Points of unknown class fall off the end, too.
+        table = table.at[number[group[order]], rank].set(order, mode='drop')
         valid = table < size
         rows = jnp.minimum(table, size - 1)
         place = jnp.arange(1, capacity + 1, dtype=jnp.int32)
         padded = jnp.where(valid, 0, place[None])
-        keys = None if key is None else jax.random.split(key, num_classes)
+        keys = None if key is None else jax.random.split(key, blocks)
         solve_each = jax.vmap(functools.partial(solve, num_groups=capacity + 1))
         points, report = solve_each(noise[rows], data[rows], padded, keys)
         # From places in a block to numbers in the pool.
@@ -335,7 +348,7 @@ def _solve_classes(solve, noise, data, labels, key, num_classes, class_capacity)
             name: alone[name].at[table].set(points[name], mode='drop')
             for name in points
         }
-        share = counts[:num_classes] / jnp.maximum(counts[:num_classes].sum(), 1)
+        share = valid.sum(1) / jnp.maximum(valid.sum(), 1)
         return points, {
             'converged': jnp.sum(share * report['converged']),
             'iterations': report['iterations'].max(),
@@ -348,7 +361,8 @@ def _solve_classes(solve, noise, data, labels, key, num_classes, class_capacity)
 
     if capacity >= size:
         return in_one()
-    return jax.lax.cond(counts[:num_classes].max() <= capacity, in_blocks, in_one)
+    fits = (counts[:num_classes].max() <= capacity) & (present.sum() <= blocks)
+    return jax.lax.cond(fits, in_blocks, in_one)
 
 
 def _centre(points):

@@ -130,6 +130,21 @@ def test_blocks_and_mask_solve_the_same_problem():
     np.testing.assert_allclose(blocks['cost'], mask['cost'], rtol=2e-4)
 
 
+def test_few_of_many_classes_are_blocks_too():
+    noise, (data, labels) = _noise(), _data('digits')
+    few = _couple(noise, data, labels, per_class=True, num_classes=CLASSES)
+    options = {'per_class': True, 'num_classes': 1000}
+    spread = 97 * labels + 5
+    many = _couple(noise, data, spread, max_classes=CLASSES, **options)
+    np.testing.assert_array_equal(many.noise_index, few.noise_index)
+    assert many.report['rounds'] == few.report['rounds']
+    # One class too many: the mask, and still no point is left out.
+    mask = _couple(noise, data, spread, max_classes=CLASSES - 1, **options)
+    assert mask.report['rounds'] != few.report['rounds']
+    np.testing.assert_array_equal(labels[mask.noise_index], labels)
+    np.testing.assert_array_equal(np.sort(mask.noise_index), np.arange(N))
+
+
 def test_points_of_unknown_class_keep_their_noise():
     noise, (data, labels) = _noise(), _data('digits')
     labels = labels.copy()
@@ -443,6 +458,7 @@ def test_blind_coupling_of_digits_is_skewed_and_class_coupling_is_not():
         ({'labels': None, 'per_class': True}, 'labels is None'),
         ({'per_class': True, 'num_classes': 0}, 'num_classes = 0'),
         ({'per_class': True, 'class_capacity': 9}, 'class_capacity = 9'),
+        ({'per_class': True, 'max_classes': 0}, 'max_classes = 0'),
         ({'key': None, 'method': 'row_sampling'}, 'key = None'),
     ],
 )
