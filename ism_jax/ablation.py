@@ -50,7 +50,6 @@ from ism_jax import files
 from ism_jax.data import sources
 from ism_jax.evaluate import SampleScorer
 from ism_jax.metrics import scores
-from ism_jax.sampler import Sampler
 from ism_jax.train import train
 
 # Guidance is chosen for up to so many steps; more take the choice of these.
@@ -114,7 +113,8 @@ def run_recipe(config, workdir: Path, cache_dir: Path) -> list[dict]:
     )
     model = build.make_model(config, len(source.class_names))
     objective = config_lib.make_objective(config, len(source.class_names))
-    sampler = Sampler(
+    sampler = build.make_sampler(
+        config,
         objective,
         lambda params, *inputs: build.apply_model(model, params, *inputs),
         source.image_shape,

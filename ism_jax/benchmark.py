@@ -27,10 +27,8 @@ from ism_jax import schedule
 from ism_jax import sharding
 from ism_jax import train
 from ism_jax import train_state
-from ism_jax.data import pipeline
 from ism_jax.data import sources
 from ism_jax.models import sit
-from ism_jax.sampler import Sampler
 
 
 def take_turns(
@@ -77,10 +75,8 @@ def measure(config, rounds: int) -> list[dict]:
     num_classes = len(source.class_names)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     seed_key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
-    batches = config.transport.batches if config.transport.enabled else 1
-    loader = pipeline.PoolLoader(
-        source, batches=batches, batch_size=config.train.batch_size, seed=config.seed
-    )
+    batches = build.pool_batches(config)
+    loader = build.make_loader(config, source, batches=batches)
     couple = build.make_coupling(config, mesh, num_classes)
     pool, _ = train.next_pool(loader, couple, mesh, seed_key)
 
@@ -111,8 +107,8 @@ def measure(config, rounds: int) -> list[dict]:
     candidates['input of a pool'] = lambda: next(loader).images
 
     model = build.make_model(config, num_classes)
-    sampler = Sampler(
-        config_lib.make_objective(config, num_classes),
+    sampler = build.make_sampler(
+        config, config_lib.make_objective(config, num_classes),
         functools.partial(build.apply_model, model), source.image_shape,
         batch_size=config.sample.batch_size,
     )  # fmt: skip

@@ -16,7 +16,10 @@ from ism_jax import sharding
 from ism_jax import train_step
 from ism_jax import transport
 from ism_jax import wavelet
+from ism_jax.data import pipeline
 from ism_jax.models import sit
+from ism_jax.models import vae
+from ism_jax.sampler import Sampler
 
 
 def make_model(config, num_classes: int) -> sit.SiT:
@@ -55,11 +58,10 @@ def make_distance(config, source):
     weighting = config_lib.parse_weighting(config.wavelet.weighting)
     variance = None
     if weighting == 'equal_variance':
-        chosen = np.random.default_rng(config.seed).permutation(len(source))[:2048]
-        images = np.stack([source[int(index)]['image'] for index in chosen])
-        variance = wavelet.target_band_variance(
-            images.astype(np.float32) / 127.5 - 1, **options
-        )
+        random = np.random.default_rng(config.seed)
+        chosen = random.permutation(len(source))[:2048].tolist()
+        examples = np.stack([source.example(index, random) for index in chosen])
+        variance = wavelet.target_band_variance(examples, **options)
     weights = wavelet.band_weights(
         weighting, image_shape=source.image_shape, band_variance=variance, **options
     )
@@ -107,11 +109,60 @@ def compiled_step(config, source, mesh, shardings):
     )
 
 
+def pool_batches(config) -> int:
+    """K, how many batches share a pool."""
+    return config.transport.batches if config.transport.enabled else 1
+
+
+def make_loader(config, source, *, batches: int) -> pipeline.PoolLoader:
+    """Pools of `batches` batches for this process."""
+    # Without transport a pool is a batch, which shall be of all classes.
+    grouped = config.data.classes_per_pool if config.transport.enabled else 0
+    return pipeline.PoolLoader(
+        source,
+        batches=batches,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        flip=config.data.flip,
+        classes_per_pool=grouped,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def make_sampler(config, objective, apply, shape, *, batch_size: int) -> Sampler:
+    """Makes images; of latents through `data.autoencoder`, where there is one.
+
+    Args:
+      config: of the run.
+      objective: what the network was trained with.
+      apply: the network.
+      shape: (H, W, C) of what the network makes.
+      batch_size: how many are made at once.
+    """
+    decode = None
+    if config.data.autoencoder:
+        decode = vae.make_decoder(config.data.autoencoder)
+    return Sampler(objective, apply, shape, batch_size=batch_size, decode=decode)
+
+
 def make_coupling(config, mesh, num_classes: int):
     """The compiled coupling of a pool, or None without transport."""
     options = config.transport
     if not options.enabled:
         return None
+    fast = {}
+    if config.data.classes_per_pool:
+        # Twice as many and as large as a pool has by plan: chunks of a class may meet,
+        # and pools straddle chunks.
+        size = options.batches * config.train.batch_size
+        chunk = -(-size // config.data.classes_per_pool)
+        fast = dict(
+            max_classes=min(2 * config.data.classes_per_pool, size),
+            class_capacity=min(2 * chunk, size),
+        )
     return jax.jit(
         functools.partial(
             transport.couple_pool,
@@ -122,6 +173,7 @@ def make_coupling(config, mesh, num_classes: int):
             epsilon=options.epsilon,
             max_iterations=options.max_iterations,
             tolerance=options.tolerance,
+            **fast,
         )
     )
 

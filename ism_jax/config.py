@@ -34,12 +34,17 @@ def default() -> ml_collections.ConfigDict:
     c.seed = 0
 
     c.data = ml_collections.ConfigDict()
-    c.data.source = 'mnist'  # 'mnist', 'fashion_mnist', 'tfds:NAME', 'folder:PATH'
+    # 'mnist', 'fashion_mnist', 'tfds:NAME', 'folder:PATH', 'latents:PATH'
+    c.data.source = 'mnist'
     c.data.dir = ''  # Where a source looks for its files; '' for its own default.
     c.data.image_size = 32
     c.data.channels = 1
     c.data.flip = False  # Random horizontal flips.
     c.data.on_corrupt = 'error'  # Or 'skip': counted, replaced by another image.
+    # About so many classes share a pool of transport; 0: as chance has it.
+    c.data.classes_per_pool = 0
+    # Makes pictures of latents: folder, safetensors file or hub id; '' for none.
+    c.data.autoencoder = ''
     c.data.num_threads = 2
     c.data.prefetch = 2  # Pools made ahead of time.
 
@@ -150,7 +155,8 @@ def use_objective(config, name: str, **options) -> None:
 def with_argument(config, argument: str) -> ml_collections.ConfigDict:
     """Applies the argument of `configs/x.py:argument`.
 
-    The name of a method trains that method instead (`use_objective`). 'runlocal' keeps
+    The name of a method trains that method instead (`use_objective`), that of a size,
+    such as 'B/2', another network. 'runlocal' keeps
     the method and shrinks the rest to a minute on one CPU, with the digits that come
     with the installation. Both are given as 'shortcut,runlocal'.
 
@@ -164,7 +170,10 @@ def with_argument(config, argument: str) -> ml_collections.ConfigDict:
 
 def _apply_argument(config, argument: str) -> None:
     if argument == 'runlocal':
-        config.data.update(source='mnist', channels=1, image_size=32)
+        config.data.update(
+            source='mnist', channels=1, image_size=32, autoencoder='',
+            classes_per_pool=0,
+        )  # fmt: skip
         config.model.update(
             hidden_size=32, depth=2, num_heads=2, patch_size=8, dtype='float32',
             remat='none',
@@ -173,6 +182,7 @@ def _apply_argument(config, argument: str) -> None:
         config.train.update(batch_size=max(32, objective.min_batch()), steps=20)
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 5)
         config.transport.batches = 4
+        config.wavelet.levels = min(config.wavelet.levels, 5)
         config.log.update(every=5, grid_every=10)
         config.checkpoint.every = 10
         low, high = objective.guidance_range()
@@ -181,10 +191,13 @@ def _apply_argument(config, argument: str) -> None:
         config.scores.update(samples=100, checkpoint_samples=0)
     elif argument in objectives.names():
         use_objective(config, argument)
+    elif argument in sit.PRESETS:
+        config.model.update(sit.preset(argument))
     else:
         raise ValueError(
-            f"config argument {argument!r} is unknown; use 'runlocal' or a method: "
-            + ', '.join(objectives.names())
+            f"config argument {argument!r} is unknown; use 'runlocal', a method "
+            f'({", ".join(objectives.names())}) or a size of the network '
+            f'({", ".join(sit.PRESETS)})'
         )
 
 
@@ -196,6 +209,7 @@ RESUMABLE = (
     'data.prefetch',
     'data.dir',
     'data.on_corrupt',
+    'data.autoencoder',
     'mesh',
     'log',
     'checkpoint',
@@ -223,14 +237,20 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    """Inverse of `to_json`; lists become tuples, as configs are written."""
+    """Inverse of `to_json`; lists become tuples, as configs are written.
+
+    Fields that an older version did not have get their defaults, which do what it did.
+    """
 
     def restore(value):
         if isinstance(value, dict):
             return ml_collections.ConfigDict({k: restore(v) for k, v in value.items()})
         return tuple(value) if isinstance(value, list) else value
 
-    config = restore(json.loads(text))
+    given = restore(json.loads(text))
+    config = default()
+    config.objective = objective_defaults(given.objective.name)
+    config.update(given)
     config.lock()
     return config
 
@@ -348,6 +368,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         c,
         0,
         'seed',
+        'data.classes_per_pool',
         'optimizer.warmup_steps',
         'optimizer.weight_decay',
         'optimizer.clip_norm',
@@ -387,6 +408,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'optimizer.warmup_steps = {c.optimizer.warmup_steps} must be less than '
             f'train.steps = {c.train.steps}'
+        )
+    if c.data.autoencoder and not c.data.source.startswith('latents:'):
+        raise ValueError(
+            f'data.autoencoder = {c.data.autoencoder!r} decodes latents, but '
+            f'data.source = {c.data.source!r} gives images; set it to '
+            "'latents:PATH' (see ism_jax.prepare_data) or data.autoencoder to ''"
+        )
+    if c.data.source.startswith('latents:') and c.scores.enabled:
+        raise ValueError(
+            f'scores.enabled = True, but data.source = {c.data.source!r} has no images '
+            'for the small classifier to learn from; set scores.enabled = False'
         )
     objective = make_objective(c, num_classes=1)
     needed = objective.model_options().get('step_embedding', c.model.step_embedding)

@@ -38,7 +38,6 @@ from ism_jax import sharding
 from ism_jax import train
 from ism_jax import train_step
 from ism_jax import transport
-from ism_jax.data import pipeline
 from ism_jax.data import sources
 from ism_jax.models import sit
 from ism_jax.sampler import Sampler
@@ -143,8 +142,8 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     return Subject(
         name=config.objective.name,
         objective=objective,
-        sampler=Sampler(
-            objective, run.apply, run.image_shape,
+        sampler=build.make_sampler(
+            config, objective, run.apply, run.image_shape,
             batch_size=min(config.sample.batch_size, samples),
         ),
         params=run.params,
@@ -199,17 +198,14 @@ def _paired_data(config, num_classes: int, samples: int):
     source = sources.make_source(
         config.data.source, **config_lib.source_options(config)
     )
-    batches = config.transport.batches if config.transport.enabled else 1
+    batches = build.pool_batches(config)
     if not config.transport.enabled:
         batches = max(1, math.ceil(samples / config.train.batch_size))
     # Of one device: pairings do not depend on the mesh, and this serves any.
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
     couple = build.make_coupling(config, mesh, num_classes)
-    loader = pipeline.PoolLoader(
-        source, batches=batches, batch_size=config.train.batch_size, seed=config.seed,
-        flip=config.data.flip, num_threads=1,
-    )  # fmt: skip
+    loader = build.make_loader(config, source, batches=batches)
     size = batches * config.train.batch_size
     parts = []
     try:

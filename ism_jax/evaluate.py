@@ -16,6 +16,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from ism_jax import build
 from ism_jax import checkpoint
 from ism_jax import command_line
 from ism_jax import config as config_lib
@@ -136,8 +137,12 @@ def run_flags():
     source = sources.make_source(
         config.data.source, **config_lib.source_options(config)
     )
-    sampler = Sampler(
-        objective, run.apply, run.image_shape, batch_size=config.sample.batch_size
+    sampler = build.make_sampler(
+        config,
+        objective,
+        run.apply,
+        run.image_shape,
+        batch_size=config.sample.batch_size,
     )
     scorer = SampleScorer(source, sampler, cache_dir=FLAGS.workdir, seed=config.seed)
     evaluate(

@@ -19,13 +19,13 @@ from absl import flags
 import jax
 import numpy as np
 
+from ism_jax import build
 from ism_jax import checkpoint
 from ism_jax import command_line
 from ism_jax import config as config_lib
 from ism_jax import files
 from ism_jax import images as pictures
 from ism_jax import schedule as schedules
-from ism_jax.sampler import Sampler
 
 
 def parse_numbers(text: str, kind) -> tuple:
@@ -93,8 +93,8 @@ def sample_grid(
     config_lib.check_guidance(objective, guidance)
     for steps in schedules_:
         schedules.check_schedule(steps, objective.finest_steps())
-    sampler = Sampler(
-        objective, run.apply, run.image_shape,
+    sampler = build.make_sampler(
+        run.config, objective, run.apply, run.image_shape,
         batch_size=min(run.config.sample.batch_size, len(labels)),
     )  # fmt: skip
 

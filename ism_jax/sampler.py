@@ -28,8 +28,9 @@ class Sampler:
     Args:
       objective: what the network was trained with.
       apply: the network.
-      image_shape: (H, W, C).
+      image_shape: (H, W, C) of what the network makes.
       batch_size: how many samples are made at once.
+      decode: makes images of samples that are latents; None where they are images.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Sampler:
         image_shape: tuple[int, int, int],
         *,
         batch_size: int,
+        decode: Callable[[jax.Array], jax.Array] | None = None,
     ):
         self.image_shape = image_shape
         self.batch_size = batch_size
@@ -51,6 +53,7 @@ class Sampler:
             return objective.sample(apply, params, noise, label, w, times, steps, again)
 
         self._run = jax.jit(run)
+        self._decode = decode
 
     def batches(
         self,
@@ -89,4 +92,6 @@ class Sampler:
                 times,
                 sizes,
             )
+            if self._decode is not None:
+                images = self._decode(images)
             yield images[:kept], label

@@ -34,11 +34,9 @@ from ism_jax import schedule
 from ism_jax import sharding
 from ism_jax import train_state
 from ism_jax import train_step
-from ism_jax.data import pipeline
 from ism_jax.data import sources
 from ism_jax.evaluate import SampleScorer, evaluate
 from ism_jax.models import sit
-from ism_jax.sampler import Sampler
 
 
 class NonFiniteError(RuntimeError):
@@ -71,18 +69,8 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
     if config.train.init_from and not checkpoint.saved_steps(workdir):
         start = portable.read(config.train.init_from)
         portable.check_start(start, model, source.image_shape, config.train.init_from)
-    batches = config.transport.batches if config.transport.enabled else 1
-    loader = pipeline.PoolLoader(
-        source,
-        batches=batches,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        flip=config.data.flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-    )
+    batches = build.pool_batches(config)
+    loader = build.make_loader(config, source, batches=batches)
     seed_key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
     init_key = train_step.stream(seed_key, train_step.INIT, 0)
     state, shardings = train_state.create(
@@ -121,7 +109,8 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
 
     step_fn = build.compiled_step(config, source, mesh, shardings)
     couple = build.make_coupling(config, mesh, num_classes)
-    sampler = Sampler(
+    sampler = build.make_sampler(
+        config,
         objective,
         functools.partial(build.apply_model, model),
         source.image_shape,

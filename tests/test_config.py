@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 import subprocess
 import sys
@@ -103,6 +104,9 @@ def test_every_field_is_read():
         ({'objective.name': 'flow_matching'}, 'objective_defaults'),
         ({'objective.name': 'sm'}, "'sm' is unknown"),
         ({'model.step_embedding': 'log'}, "model.step_embedding = 'log' must be one"),
+        ({'data.classes_per_pool': -1}, 'data.classes_per_pool = -1'),
+        ({'data.autoencoder': 'a/b'}, "data.autoencoder = 'a/b' decodes latents"),
+        ({'data.source': 'latents:x'}, 'scores.enabled = True, but data.source'),
     ],
 )
 def test_bad_values_are_refused_by_name(change, message):
@@ -113,6 +117,23 @@ def test_bad_values_are_refused_by_name(change, message):
         config_lib.validate(config)
 
 
+def test_configs_of_older_versions_are_completed():
+    """As they are in `run.json`: a field that is newer does what was done before."""
+    config, _ = _get_config(ROOT / 'configs' / 'quickstart.py', 'shortcut')
+    older = json.loads(config_lib.to_json(config))
+    for section, field in (('data', 'classes_per_pool'), ('train', 'init_from')):
+        del older[section][field]
+    restored = config_lib.from_json(json.dumps(older))
+    assert config_lib.differences(restored, config) == ([], [])
+
+
+def test_sizes_of_the_network_are_arguments():
+    path = ROOT / 'configs' / 'imagenet256_ism_xl2.py'
+    (full, _), (small, _) = _get_config(path), _get_config(path, 'B/2')
+    assert (full.model.depth, small.model.depth) == (28, 12)
+    config_lib.validate(small)
+
+
 @pytest.mark.parametrize('name', objectives.names())
 def test_every_method_is_an_argument_of_a_config(name):
     path = ROOT / 'configs' / 'fashion_mnist.py'
@@ -121,7 +142,7 @@ def test_every_method_is_an_argument_of_a_config(name):
         config_lib.validate(config)
         assert config.objective.name == name
         assert config.wavelet.enabled == config.ema.twin == (name == 'ism')
-    with pytest.raises(ValueError, match="'sm' is unknown; use 'runlocal' or a method"):
+    with pytest.raises(ValueError, match="'sm' is unknown; use 'runlocal', a method"):
         _get_config(path, 'sm')
 
 

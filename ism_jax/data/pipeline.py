@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-# Second word of the key of the flips' random stream. The orders of the epochs use the
-# epoch there, so that the two are never drawn from the same numbers.
-_FLIPS = 2**64 - 1
+from ism_jax.data import sources
+
+# Second words of the keys of random streams. The orders of the epochs use the epoch
+# there, so that no two are drawn from the same numbers.
+_FLIPS, _POSTERIORS, _CHUNKS, _WITHIN_POOLS = (2**64 - n for n in range(1, 5))
 # Grain needs an end; no run gets here.
 _LAST_BATCH = 2**40
 
@@ -23,7 +25,7 @@ class HostPool(NamedTuple):
     """This process's part of a pool.
 
     Attributes:
-      images: [K, M / processes, H, W, C] float32 in [-1, 1].
+      images: [K, M / processes, H, W, C] float32: images in [-1, 1], or latents.
       labels: [K, M / processes] int32.
       number: number of the pool in the run.
     """
@@ -37,7 +39,8 @@ class PoolLoader:
     """Endless iterator over `HostPool`s, made ahead of time in background threads.
 
     Each image is used once per epoch. An epoch may end within a pool, and a pool may
-    hold several epochs of a small source.
+    hold several epochs of a small source. Of latents the
+    posterior is sampled anew in each epoch.
 
     Args:
       source: see `ism_jax.data.sources`.
@@ -45,6 +48,10 @@ class PoolLoader:
       batch_size: M, over all processes.
       seed: of the order and the flips.
       flip: flip each image horizontally with probability 1/2, anew in each epoch.
+      classes_per_pool: about so many classes share a pool, each with about
+        K M / classes_per_pool images, so that transport within a class has something
+        to choose from; 0 leaves it to chance. Batches of a pool are still a random
+        deal of it. Needs `source.labels`.
       process_index, process_count: of each batch, this process holds the
         `process_index`-th of `process_count` equal parts of consecutive rows.
       num_threads: threads that read; each reads one batch at a time.
@@ -62,6 +69,7 @@ class PoolLoader:
         batch_size: int,
         seed: int,
         flip: bool = False,
+        classes_per_pool: int = 0,
         process_index: int = 0,
         process_count: int = 1,
         num_threads: int = 2,
@@ -92,6 +100,17 @@ class PoolLoader:
             )
         if not len(source):
             raise ValueError(f'{source!r} has no images; choose another data.source')
+        if classes_per_pool < 0:
+            raise ValueError(
+                f'data.classes_per_pool = {classes_per_pool} must be at least 0, which '
+                'leaves it to chance'
+            )
+        if classes_per_pool and not hasattr(source, 'labels'):
+            raise ValueError(
+                f'data.classes_per_pool = {classes_per_pool} needs all labels ahead of '
+                f'the images, which {source!r} has not; prepare latents, use a folder '
+                'or set it to 0'
+            )
         self.source = source
         self._batches = batches
         self._batch_size = batch_size
@@ -99,6 +118,9 @@ class PoolLoader:
         self._rows = batch_size // process_count
         self._seed = seed
         self._flip = flip
+        self._classes_per_pool = classes_per_pool
+        self._grouped = {}  # Orders by epoch.
+        self._latents = isinstance(source, sources.LatentSource)
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch * batches
         )
@@ -139,13 +161,17 @@ class PoolLoader:
         labels = np.empty((self._batches, self._rows), np.int32)
         try:
             for k in range(self._batches):
-                pixels, labels[k] = next(self._iterator)
-                np.divide(pixels, np.float32(127.5), out=images[k])
+                values, labels[k] = next(self._iterator)
+                if self._latents:
+                    images[k] = values
+                else:
+                    np.divide(values, np.float32(127.5), out=images[k])
         except BaseException:
             # Grain's iterator now stands within a pool.
             self._stop()
             raise
-        images -= 1
+        if not self._latents:
+            images -= 1
         number = self._next_pool
         self._next_pool += 1
         return HostPool(images, labels, number)
@@ -170,6 +196,7 @@ class PoolLoader:
             'batch_size': self._batch_size,
             'seed': self._seed,
             'flip': self._flip,
+            'classes_per_pool': self._classes_per_pool,
             'source': repr(self.source),
         }
 
@@ -180,6 +207,7 @@ class PoolLoader:
           ValueError: the state is of other data, naming what differs.
         """
         own = self.get_state()
+        state = {'classes_per_pool': 0} | state  # Older checkpoints do not say.
         differing = [
             f'{name}: {state.get(name)!r} -> {own[name]!r}'
             for name in own
@@ -206,29 +234,66 @@ class PoolLoader:
             self._iterator = None
 
     def _read_batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """This process's rows of a batch of the run: (uint8 images, labels)."""
+        """This process's rows of a batch of the run: (uint8 images, labels).
+
+        Of latents the first is float32.
+        """
         start = int(number) * self._batch_size + self._first_row
-        images = np.empty((self._rows, *self.source.image_shape), np.uint8)
+        kind = np.float32 if self._latents else np.uint8
+        images = np.empty((self._rows, *self.source.image_shape), kind)
         labels = np.empty(self._rows, np.int32)
-        for row, index in enumerate(self._indices(start).tolist()):
-            record = self.source[index]
-            images[row] = self._checked(record, index)
-            labels[row] = record['label']
+        flipped = np.zeros(self._rows, bool)
         if self._flip:
             flipped = _coins(self._seed, start, self._rows)
+        for row, index in enumerate(self._indices(start).tolist()):
+            record = self.source[index]
+            if self._latents:
+                images[row] = self.source.draw(
+                    record, flip=flipped[row], random=self._random(start + row)
+                )
+                labels[row] = record.label
+            else:
+                images[row] = self._checked(record, index)
+                labels[row] = record['label']
+        if not self._latents:
             images[flipped] = images[flipped, :, ::-1]
         return images, labels
+
+    def _random(self, position: int) -> np.random.Generator:
+        """Of the posterior of the example at a position of the stream."""
+        key = np.array([self._seed, _POSTERIORS], np.uint64)
+        # The lowest word counts the numbers of one example.
+        return np.random.Generator(np.random.Philox(key=key, counter=position << 64))
 
     def _indices(self, start: int) -> np.ndarray:
         """Which images stand at the positions `start` .. `start` + rows - 1."""
         size = len(self.source)
-        epochs, places = np.divmod(start + np.arange(self._rows), size)
-        return np.concatenate(
-            [
-                _permutation(self._seed, int(epoch), size)[places[epochs == epoch]]
-                for epoch in np.unique(epochs)
-            ]
-        )
+        positions = start + np.arange(self._rows)
+        if self._classes_per_pool:
+            # Chunks of a class stand together; within a pool they are dealt.
+            pool = self._batches * self._batch_size
+            number = start // pool  # A batch lies within one pool.
+            deal = _permutation(self._seed, _WITHIN_POOLS, pool, number)
+            positions = number * pool + deal[positions - number * pool]
+        epochs, places = np.divmod(positions, size)
+        indices = np.empty(self._rows, np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indices[chosen] = self._order(int(epoch))[places[chosen]]
+        return indices
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """[size] order of an epoch."""
+        order = _permutation(self._seed, epoch, len(self.source))
+        if not self._classes_per_pool:
+            return order
+        if epoch not in self._grouped:
+            chunk = -(-self._batches * self._batch_size // self._classes_per_pool)
+            grouped = _grouped(order, self.source.labels, chunk, self._seed, epoch)
+            # Two are kept, as a batch may straddle them.
+            kept = dict(sorted(self._grouped.items())[-1:])
+            self._grouped = kept | {epoch: grouped}
+        return self._grouped[epoch]
 
     def _checked(self, record, index: int) -> np.ndarray:
         image, label = record['image'], record['label']
@@ -249,14 +314,36 @@ class PoolLoader:
 
 # Vectorised, where Grain's shuffle takes 10 microseconds of Python for each image; and
 # from a bit generator, whose stream NumPy keeps the same in all versions, unlike that
-# of `Generator.permutation`. Two epochs are kept, as a batch may straddle them.
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """[size] order of an epoch, a function of its arguments."""
-    key = np.array([seed, epoch], np.uint64)
-    order = np.argsort(np.random.Philox(key=key).random_raw(size), kind='stable')
+# of `Generator.permutation`. A few are kept, as a batch may straddle epochs.
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, domain: int, size: int, number: int = 0) -> np.ndarray:
+    """[size] order, a function of its arguments; the domain is an epoch or a name."""
+    words = _words(seed, domain, size, number)
+    order = np.argsort(words, kind='stable')
     order.flags.writeable = False
     return order
+
+
+def _words(seed: int, domain: int, size: int, number: int) -> np.ndarray:
+    """[size] uint64, the start of stream `number` of a domain."""
+    key = np.array([seed, domain], np.uint64)
+    return np.random.Philox(key=key, counter=number << 64).random_raw(size)
+
+
+def _grouped(
+    order: np.ndarray, labels: np.ndarray, chunk: int, seed: int, epoch: int
+) -> np.ndarray:
+    """`order` with chunks of `chunk` images of one class together, chunks at random.
+
+    The last chunk of a class holds what is left over.
+    """
+    by_class = order[np.argsort(labels[order], kind='stable')]
+    counts = np.bincount(labels)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    number = np.repeat(np.arange(len(counts)), counts) * len(order) + rank // chunk
+    _, number = np.unique(number, return_inverse=True)
+    place = _permutation(seed, _CHUNKS, int(number[-1]) + 1, epoch)
+    return by_class[np.argsort(place[number], kind='stable')]
 
 
 def _coins(seed: int, start: int, count: int) -> np.ndarray:

