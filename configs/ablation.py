@@ -9,18 +9,8 @@ small enough for two CPU cores.
 """
 
 from ism_jax import config as config_lib
+from ism_jax import recipes
 
-# The rows of the paper's table, each the row before and one part more.
-PARTS = {
-    '+intrinsic_guidance': 'intrinsic_guidance',
-    '+interval': 'interval',
-    '+wavelet': 'wavelet',
-    '+sot': 'sot',
-    'ism': 'twin_ema',
-}
-RUNGS = ('sm', *PARTS)
-# Full iSM without one part. Without intrinsic guidance it trains SM's loss.
-REMOVALS = tuple(f'ism-{part}' for part in PARTS.values())
 # The other systems, with the options that are not their defaults: the same guidance as
 # SM where it is part of the training, and the deviation of these images.
 SYSTEMS = {
@@ -30,7 +20,8 @@ SYSTEMS = {
     'meanflow': {'guidance': 0.5},
     'alpha_flow': {'guidance': 0.5},
 }
-RECIPES = (*RUNGS, *REMOVALS, *SYSTEMS)
+RUNGS = recipes.RUNGS
+RECIPES = (*recipes.RUNGS, *recipes.REMOVALS, *SYSTEMS)
 
 
 def get_config(arg: str = ''):
@@ -67,18 +58,4 @@ def _use_recipe(c, recipe: str) -> None:
             # Not the source's 1000: FD 7.3 in one step in place of 152 (one seed).
             c.model.time_scale = 1.0
         return
-    if recipe == 'sm':
-        config_lib.use_objective(c, 'shortcut')
-        return
-    parts = list(PARTS.values())
-    if recipe in PARTS:
-        active = parts[: list(PARTS).index(recipe) + 1]
-    else:
-        active = [part for part in parts if recipe != f'ism-{part}']
-    if 'intrinsic_guidance' in active:
-        c.objective.guidance_interval = 0.3 if 'interval' in active else 0.0
-    else:
-        config_lib.use_objective(c, 'shortcut')
-    c.wavelet.enabled = 'wavelet' in active
-    c.transport.enabled = 'sot' in active
-    c.ema.twin = 'twin_ema' in active
+    recipes.use(c, recipe)

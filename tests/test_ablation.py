@@ -9,6 +9,7 @@ import pytest
 
 from ism_jax import ablation
 from ism_jax import config as config_lib
+from ism_jax import recipes
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / 'configs' / 'ablation.py')
@@ -61,7 +62,9 @@ def test_sm_and_the_systems(module):
         for section in ('data', 'train', 'optimizer', 'scores'):  # The same for all.
             assert config[section] == sm[section]
         assert config.sample.steps == sm.sample.steps == (1, 2, 4, 8, 128)
-    assert set(module.RECIPES) == {*module.RUNGS, *module.REMOVALS, *module.SYSTEMS}
+    assert set(module.RECIPES) == {
+        *recipes.RUNGS, *recipes.REMOVALS, *module.SYSTEMS,
+    }  # fmt: skip
 
 
 def test_fields_of_a_recipe(module):
