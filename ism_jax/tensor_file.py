@@ -22,6 +22,8 @@ INSTALL_TORCH = 'pip install torch (the CPU build is enough, see pytorch.org)'
 # Where training programs nest the tensors; the first that is there is read.
 NESTINGS = ('ema', 'model', 'state_dict')
 PARALLEL_PREFIX = 'module.'  # Of every name, where DistributedDataParallel was saved.
+# Of the batches that a batch norm of PyTorch has seen: an integer, and no weight.
+BATCH_COUNTER = 'num_batches_tracked'
 
 
 def read(path) -> tuple[dict[str, np.ndarray], str]:
@@ -31,8 +33,8 @@ def read(path) -> tuple[dict[str, np.ndarray], str]:
       path: ends in `.safetensors` or one of `TORCH_SUFFIXES`.
 
     Returns:
-      {name: float32 array}, and which tree of the file that is: one of `NESTINGS`, or
-      '' where the tensors are not nested.
+      {name: float32 array} without counters of batch norms, and which tree of the file
+      that is: one of `NESTINGS`, or '' where the tensors are not nested.
 
     Raises:
       ValueError: no such file, another format, a damaged file, one that holds more
@@ -53,6 +55,7 @@ def read(path) -> tuple[dict[str, np.ndarray], str]:
         )
     if tensors and all(name.startswith(PARALLEL_PREFIX) for name in tensors):
         tensors = {n.removeprefix(PARALLEL_PREFIX): a for n, a in tensors.items()}
+    tensors = {n: a for n, a in tensors.items() if n.split('.')[-1] != BATCH_COUNTER}
     for name, array in tensors.items():
         if array.dtype.name not in ('float16', 'bfloat16', 'float32', 'float64'):
             raise ValueError(

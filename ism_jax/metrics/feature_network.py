@@ -1,0 +1,167 @@
+"""Frozen networks that look at images for a metric, and which of them is which.
+
+A score belongs to its network, to its weights and to what is done to an image before:
+all three are attributes here, are part of the key of cached reference statistics, and
+are to be recorded with every score.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+from pathlib import Path
+
+from flax import linen as nn
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
+
+from ism_jax import images as image_files
+from ism_jax import sharding
+from ism_jax import tensor_file
+from ism_jax.models import inception
+
+
+class FeatureNetwork:
+    """A network with its weights: a feature function, see `scores.FeatureFunction`.
+
+    Each process uses its own devices and divides a batch among them.
+
+    Args:
+      module: maps [B, H, W, 3] uint8 to a dict of [B, F] float32.
+      params: of the module.
+      name: of the network.
+      distance: what a Frechet distance of its `features` is called.
+      checksum: SHA-256 of the weights, hexadecimal.
+      preprocessing: what the module does to images first, in words.
+      batch_size: images given to the network at once, rounded up to a multiple of the
+        number of devices.
+
+    Attributes:
+      name, distance, checksum, preprocessing, batch_size: see above.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        params,
+        *,
+        name: str,
+        distance: str,
+        checksum: str,
+        preprocessing: str,
+        batch_size: int = 64,
+    ):
+        if batch_size < 1:
+            raise ValueError(f'batch_size = {batch_size} must be at least 1')
+        devices = jax.local_devices()
+        self.name = name
+        self.distance = distance
+        self.checksum = checksum
+        self.preprocessing = preprocessing
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        mesh = sharding.make_mesh(devices=devices)
+        self._split = NamedSharding(mesh, P('data'))
+        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._apply = jax.jit(lambda p, images: module.apply({'params': p}, images))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a score must be recorded with, and what names cached statistics."""
+        return {
+            'network': self.name,
+            'weights': self.checksum,
+            'preprocessing': self.preprocessing,
+        }
+
+    def __call__(self, images) -> dict[str, np.ndarray]:
+        """Features of any number of images.
+
+        Args:
+          images: [N, H, W, 1 or 3], floating in [-1, 1] or uint8. They are rounded to 8
+            bits (`images.to_uint8`); grey is shown as three equal channels.
+
+        Returns:
+          What the module returns, [N, F] float32 each.
+
+        Raises:
+          ValueError: images of another shape, or with NaN.
+        """
+        images = image_files.to_uint8(images)
+        if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+            raise ValueError(
+                f'images have shape {images.shape}; {self.name} looks at [N, H, W, 1 '
+                'or 3] with N of at least 1: decode latents first'
+            )
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            kept = len(batch)
+            # Filled up, so that one batch size is compiled.
+            padding = ((0, self.batch_size - kept), (0, 0), (0, 0), (0, 0))
+            batch = np.pad(batch, padding)
+            batch = np.broadcast_to(batch, (*batch.shape[:3], 3))
+            out = self._apply(self._params, jax.device_put(batch, self._split))
+            parts.append({name: np.asarray(out[name])[:kept] for name in out})
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def load_inception(path, *, other_name: str = '', batch_size: int = 64):
+    """The network of FID, sFID and the Inception score.
+
+    Args:
+      path: of the published weights, `pt_inception-2015-12-05-6726825d.pth` of
+        pytorch-fid or `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity,
+        the same file.
+      other_name: accepts any weights of this network, which then go by this name:
+        distances of them are not FID. '' for the published file only.
+      batch_size: see `FeatureNetwork`.
+
+    Returns:
+      A `FeatureNetwork` with `features`, `spatial` and `unbiased_logits`.
+
+    Raises:
+      ValueError: another file, or one that cannot be read.
+    """
+    checksum = file_checksum(path)
+    published = checksum == inception.PUBLISHED_SHA256
+    if not published and not other_name:
+        raise ValueError(
+            f'{path} is not the Inception network that FID is defined by: its SHA-256 '
+            f'is {checksum}, that of pt_inception-2015-12-05-6726825d.pth is '
+            f'{inception.PUBLISHED_SHA256}. Fetch that file again (releases of '
+            'pytorch-fid, fid_weights), or give other weights a name of their own'
+        )
+    tensors, _ = tensor_file.read(path)
+    return FeatureNetwork(
+        inception.Inception(),
+        inception.params_from_tensors(tensors),
+        name=other_name or 'inception-2015-12-05',
+        distance='FID' if published else f'FD-{other_name}',
+        checksum=checksum,
+        preprocessing='uint8, TensorFlow 1 bilinear to 299, (x - 128) / 128',
+        batch_size=batch_size,
+    )
+
+
+def file_checksum(*paths) -> str:
+    """SHA-256 of the bytes of files, one after the other.
+
+    Raises:
+      ValueError: a file is missing.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(
+                f'{path} is not a file; give the path of the weights of the network'
+            )
+        with path.open('rb') as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def identity_key(identity: Mapping) -> str:
+    """16 hexadecimal digits of what identifies something."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
