@@ -1,6 +1,7 @@
 """Contracts of `ism_jax.metrics`."""
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -84,6 +85,42 @@ def test_distance_of_scaled_covariances():
         np.zeros(20), covariance, np.zeros(20), 9 * covariance
     )
     np.testing.assert_allclose(computed, 4 * np.trace(covariance), rtol=1e-10)
+
+
+@pytest.mark.parametrize('samples', [400, 20])
+def test_distance_agrees_with_torch_fidelity(samples, torch_fidelity):
+    """Also of fewer samples than features, where the covariances are singular."""
+    import torch
+
+    metric = importlib.import_module('torch_fidelity.metric_fid')
+    random = np.random.RandomState(samples)
+    # Rectified, as features of Inception are.
+    features = [
+        np.maximum(random.standard_normal((samples, 64)) * width + 0.3, 0)
+        for width in (1.0, 1.3)
+    ]
+    theirs = metric.fid_statistics_to_metric(
+        *(metric.fid_features_to_statistics(torch.from_numpy(f)) for f in features),
+        verbose=False,
+    )
+    ours = frechet.frechet_distance(*map(statistics_of, features))
+    assert ours == pytest.approx(theirs['frechet_inception_distance'], rel=1e-6)
+
+
+def test_distance_of_few_samples_is_exact():
+    """tr (S1 S2)^(1/2) is the sum of singular values of the centred features' product.
+
+    That needs no covariance, so nothing is singular.
+    """
+    random = np.random.RandomState(1)
+    features = [random.standard_normal((20, 300)) + shift for shift in (0.0, 0.1)]
+    centred = [f - f.mean(0)[None] for f in features]
+    product = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum() / 19
+    traces = sum((c**2).sum() / 19 for c in centred)
+    means = ((features[0].mean(0) - features[1].mean(0)) ** 2).sum()
+    expected = means + traces - 2 * product
+    ours = frechet.frechet_distance(*map(statistics_of, features))
+    assert ours == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize('rank', [3, 64])
