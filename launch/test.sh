@@ -10,6 +10,9 @@ if [ -n "${PARITY:-}" ] &&
   echo "environment: installing tests/requirements.txt into .venv"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     -r tests/requirements.txt
+  # By itself: it asks for torchvision, which would bring another PyTorch.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --no-deps 'torch-fidelity>=0.4,<0.5'
   cp tests/requirements.txt .venv/installed-tests-requirements.txt
 fi
 echo "tests: python -m pytest $*"
