@@ -48,7 +48,7 @@ def _relative(found, expected):
 
 @pytest.fixture(scope='module')
 def torch():
-    reason = 'parity needs torch and diffusers: pip install -r tests/requirements.txt'
+    reason = 'parity needs torch and diffusers: PARITY=1 bash launch/test.sh'
     pytest.importorskip('diffusers', reason=reason)
     return pytest.importorskip('torch', reason=reason)
 
