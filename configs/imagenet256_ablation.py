@@ -24,13 +24,8 @@ from ism_jax import recipes
 
 def get_config(arg: str = ''):
     c = config_lib.default()
-    c.data.update(
-        source='latents:/data/imagenet256', image_size=32, channels=4, flip=True,
-        autoencoder='stabilityai/sd-vae-ft-mse', num_threads=8, classes_per_pool=64,
-    )  # fmt: skip
-    c.model.update(dtype='bfloat16', remat='dots')
+    config_lib.use_imagenet_latents(c, 256)
     c.train.steps = 250_000
-    c.scores.enabled = False  # The small classifier is for small data.
     recipe, _, rest = arg.partition(',')
     if recipe == 'runlocal':
         recipe, rest = '', recipe

@@ -16,11 +16,6 @@ def get_config(arg: str = ''):
     c = config_lib.default()
     # Scaled latents have a deviation of about 1, where IMM's own are brought to 0.5.
     config_lib.use_objective(c, 'imm', data_std=1.0)
-    c.data.update(
-        source='latents:/data/imagenet256', image_size=32, channels=4, flip=True,
-        autoencoder='stabilityai/sd-vae-ft-mse', num_threads=8,
-    )  # fmt: skip
-    c.model.update(dtype='bfloat16', remat='dots')
+    config_lib.use_imagenet_latents(c, 256)
     c.train.update(batch_size=4096, steps=1_200_000)
-    c.scores.enabled = False  # The small classifier is for small data.
     return config_lib.with_argument(c, arg)

@@ -16,13 +16,5 @@ from ism_jax import config as config_lib
 
 def get_config(arg: str = ''):
     c = config_lib.default()  # The paper's method and network.
-    c.data.update(
-        source='latents:/data/imagenet256', image_size=32, channels=4, flip=True,
-        autoencoder='stabilityai/sd-vae-ft-mse', num_threads=8,
-    )  # fmt: skip
-    c.model.update(dtype='bfloat16', remat='dots')
-    # A pool of 8,192 would hold eight images of a class, too few for a coupling within
-    # classes; so it has about 128 of each of 64 classes.
-    c.data.classes_per_pool = 64
-    c.scores.enabled = False  # The small classifier is for small data.
+    config_lib.use_imagenet_latents(c, 256)
     return config_lib.with_argument(c, arg)

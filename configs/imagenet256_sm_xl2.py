@@ -17,12 +17,7 @@ from ism_jax import config as config_lib
 def get_config(arg: str = ''):
     c = config_lib.default()
     config_lib.use_objective(c, 'shortcut')
-    c.data.update(
-        source='latents:/data/imagenet256', image_size=32, channels=4, flip=True,
-        autoencoder='stabilityai/sd-vae-ft-mse', num_threads=8,
-    )  # fmt: skip
-    c.model.update(dtype='bfloat16', remat='dots')
+    config_lib.use_imagenet_latents(c, 256)
     c.optimizer.weight_decay = 0.1
     c.ema.update(infer_decay=0.999, warmup=False)
-    c.scores.enabled = False  # The small classifier is for small data.
     return config_lib.with_argument(c, arg)

@@ -15,12 +15,7 @@ from ism_jax import config as config_lib
 
 def get_config(arg: str = ''):
     c = config_lib.default()
-    c.data.update(
-        source='latents:/data/imagenet512', image_size=64, channels=4, flip=True,
-        autoencoder='stabilityai/sd-vae-ft-mse', num_threads=8, classes_per_pool=64,
-    )  # fmt: skip
-    c.model.update(dtype='bfloat16', remat='dots')
+    config_lib.use_imagenet_latents(c, 512)
     c.wavelet.levels = 6  # As many as the side allows, like 5 of 32.
     c.train.steps = 300_000
-    c.scores.enabled = False  # The small classifier is for small data.
     return config_lib.with_argument(c, arg)

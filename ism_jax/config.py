@@ -152,6 +152,22 @@ def use_objective(config, name: str, **options) -> None:
     config.log.grid_guidance = clip(config.log.grid_guidance)
 
 
+def use_imagenet_latents(config, image_size: int) -> None:
+    """Latents of sd-vae-ft-mse of ImageNet, made by `ism_jax.prepare_data`.
+
+    With the computation as an accelerator wants it, and without what is for small data.
+    """
+    config.data.update(
+        source=f'latents:/data/imagenet{image_size}', image_size=image_size // 8,
+        channels=4, flip=True, autoencoder='stabilityai/sd-vae-ft-mse', num_threads=8,
+    )  # fmt: skip
+    # A pool of 8,192 would hold eight images of a class, too few for a coupling within
+    # classes; so it has about 128 of each of 64 classes.
+    config.data.classes_per_pool = 64
+    config.model.update(dtype='bfloat16', remat='dots')
+    config.scores.enabled = False
+
+
 def with_argument(config, argument: str) -> ml_collections.ConfigDict:
     """Applies the argument of `configs/x.py:argument`.
 
