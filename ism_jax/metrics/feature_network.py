@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import hashlib
 import json
 from pathlib import Path
+import re
 
 from flax import linen as nn
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from ism_jax import images as image_files
 from ism_jax import sharding
 from ism_jax import tensor_file
+from ism_jax.models import dinov2
 from ism_jax.models import inception
 
 
@@ -105,7 +107,9 @@ class FeatureNetwork:
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
-def load_inception(path, *, other_name: str = '', batch_size: int = 64):
+def load_inception(
+    path, *, other_name: str = '', batch_size: int = 64
+) -> FeatureNetwork:
     """The network of FID, sFID and the Inception score.
 
     Args:
@@ -143,22 +147,75 @@ def load_inception(path, *, other_name: str = '', batch_size: int = 64):
     )
 
 
-def file_checksum(*paths) -> str:
-    """SHA-256 of the bytes of files, one after the other.
+def load_dinov2(path, *, batch_size: int = 64) -> FeatureNetwork:
+    """The network of FD-DINOv2.
+
+    Args:
+      path: a folder with `config.json` and `model.safetensors` as Hugging Face has
+        them, or a hub id such as facebook/dinov2-large, the network that FD-DINOv2 is
+        defined by. Other sizes go by a name that says theirs.
+      batch_size: see `FeatureNetwork`.
+
+    Returns:
+      A `FeatureNetwork` with `features`.
 
     Raises:
-      ValueError: a file is missing.
+      ValueError: nothing is there, or it is another network.
     """
-    digest = hashlib.sha256()
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(
-                f'{path} is not a file; give the path of the weights of the network'
-            )
-        with path.open('rb') as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()
+    folder = _folder(path)
+    weights = folder / 'model.safetensors'
+    config = dinov2.read_config(folder / 'config.json')
+    checksum = file_checksum(weights)
+    tensors, _ = tensor_file.read(weights)
+    size = (config.hidden_size, config.num_hidden_layers, config.patch_size)
+    large = size == (1024, 24, 14)
+    name = 'vitl14' if large else '{}x{}-patch{}'.format(*size)
+    return FeatureNetwork(
+        dinov2.Dinov2(config),
+        dinov2.params_from_tensors(tensors, config),
+        name=f'dinov2-{name}',
+        distance='FD-DINOv2' if large else f'FD-DINOv2-{name}',
+        checksum=checksum,
+        preprocessing='uint8, Pillow bicubic to 224, ImageNet mean and deviation',
+        batch_size=batch_size,
+    )
+
+
+def _folder(path) -> Path:
+    """A folder of Hugging Face's, here or fetched from the hub."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
+        raise ValueError(
+            f'{path} is no folder and no hub id; give such as facebook/dinov2-large or '
+            'the folder of a copy'
+        )
+    try:
+        import huggingface_hub
+
+        names = ['config.json', 'model.safetensors']
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=names))
+    except Exception as error:  # Of many kinds, for many reasons; also if missing.
+        raise ValueError(
+            f'{path} is no folder here, and could not be fetched from the hub '
+            f'({type(error).__name__}: {error}); pip install huggingface_hub, or give '
+            'the folder of a copy'
+        ) from error
+
+
+def file_checksum(path) -> str:
+    """SHA-256 of the bytes of a file, hexadecimal.
+
+    Raises:
+      ValueError: it is missing.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f'{path} is not a file; give the path of the weights of the network'
+        )
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def identity_key(identity: Mapping) -> str:
