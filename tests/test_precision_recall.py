@@ -27,7 +27,9 @@ def _by_scikit_learn(samples, real, k):
         members, points = members.astype(np.float64), points.astype(np.float64)
         tree = neighbors.NearestNeighbors(n_neighbors=k + 1, algorithm='kd_tree')
         radii = tree.fit(members).kneighbors(members)[0][:, -1]
-        distances = np.sqrt(((points[:, None] - members[None]) ** 2).sum(-1))
+        distances = np.stack(
+            [np.linalg.norm(p[None] - members, axis=1) for p in points]
+        )
         return (distances <= radii[None]).any(axis=1).mean()
 
     return share(samples, real), share(real, samples)
@@ -61,6 +63,20 @@ def test_a_large_common_mean_costs_no_digits():
     moved = precision_recall(samples + 1000, real + 1000, block_size=64)
     assert moved == precision_recall(samples, real, block_size=64)
     assert moved == pytest.approx(_by_scikit_learn(samples, real, 3), abs=1e-12)
+
+
+def test_features_as_wide_as_inceptions_lose_nothing():
+    # Rectified, with a mean, and far from their neighbours as in high dimensions.
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(40, 2048))
+    samples, real = (
+        np.maximum(rng.normal(size=(400, 40)) * width @ basis + 8, 0).astype('f')
+        for width in (1.1, 1.0)
+    )
+    expected = _by_scikit_learn(samples, real, 3)
+    assert all(0.05 < share < 0.95 for share in expected)
+    ours = precision_recall(samples, real, block_size=128)
+    assert ours == pytest.approx(expected, abs=1e-12)
 
 
 def test_extreme_cases():

@@ -128,15 +128,8 @@ def _nearest(nearest, rows, columns, first_row, first_column, count):
     distances = _squared_distances(rows, columns)
     # A point is not its own neighbour, though one of the same place is.
     distances = jnp.where((row == column) | (column >= count), jnp.inf, distances)
-    found = []
-    # As many minima as neighbours, which are few: sorting would cost more.
-    for _ in range(nearest.shape[1]):
-        place = distances.argmin(axis=1)
-        found.append(jnp.take_along_axis(distances, place[:, None], axis=1))
-        at = jnp.arange(len(columns))[None] == place[:, None]
-        distances = jnp.where(at, jnp.inf, distances)
-    merged = jnp.sort(jnp.concatenate([nearest, *found], axis=1), axis=1)
-    return merged[:, : nearest.shape[1]]
+    candidates = jnp.concatenate([nearest, distances], axis=1)
+    return -jax.lax.top_k(-candidates, nearest.shape[1])[0]
 
 
 @jax.jit
