@@ -137,8 +137,8 @@ def test_folder_is_a_feature_network(tmp_path):
     config = dinov2.Config(**SIZES)
     folder = _write(tmp_path / 'network', config)
     network = feature_network.load_dinov2(folder, batch_size=3)
-    assert network.name == 'dinov2-32x3-patch14'
-    assert network.distance == 'FD-DINOv2-32x3-patch14'  # Never FD-DINOv2 itself.
+    assert network.name == 'dinov2-32x3x4-patch14'
+    assert network.distance == 'FD-DINOv2-32x3x4-patch14'  # Never FD-DINOv2 itself.
     images = _images()
     features = network(images)['features']
     assert features.shape == (3, 32) and features.dtype == np.float32

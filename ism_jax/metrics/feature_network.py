@@ -169,9 +169,12 @@ def load_dinov2(path, *, batch_size: int = 64) -> FeatureNetwork:
     config = dinov2.read_config(folder / 'config.json')
     checksum = file_checksum(weights)
     tensors, _ = tensor_file.read(weights)
-    size = (config.hidden_size, config.num_hidden_layers, config.patch_size)
-    large = size == (1024, 24, 14)
-    name = 'vitl14' if large else '{}x{}-patch{}'.format(*size)
+    large = config == dinov2.Config(1024, 24, 16)
+    # The number of heads is not seen in the weights.
+    name = 'vitl14' if large else '{}x{}x{}-patch{}'.format(
+        config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
+        config.patch_size,
+    )  # fmt: skip
     return FeatureNetwork(
         dinov2.Dinov2(config),
         dinov2.params_from_tensors(tensors, config),
