@@ -224,11 +224,8 @@ def _read_header(file):
 
 
 def _hash_file(path) -> bytes:
-    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.digest()
+        return hashlib.file_digest(file, 'sha256').digest()
 
 
 def _parts(folder, name, root):
