@@ -47,6 +47,7 @@ from ism_jax import build
 from ism_jax import command_line
 from ism_jax import config as config_lib
 from ism_jax import files
+from ism_jax import provenance
 from ism_jax.data import sources
 from ism_jax.evaluate import SampleScorer
 from ism_jax.metrics import scores
@@ -137,8 +138,8 @@ def run_recipe(config, workdir: Path, cache_dir: Path) -> list[dict]:
         'trained_steps': int(state.step),
         'train_minutes': minutes,
         'score_minutes': (time.time() - started) / 60,
-        'hardware': hardware(),
-        'commit': commit(),
+        'hardware': provenance.hardware(),
+        'commit': provenance.commit(),
         'python': platform.python_version(),
         'jax': jax.__version__,
     }
@@ -172,33 +173,6 @@ def score(
         )  # fmt: skip
         records.append(record | {'chosen_from': tried})
     return records
-
-
-def hardware() -> str:
-    """The device in words."""
-    device = jax.devices()[0]
-    if device.platform != 'cpu':
-        return f'{jax.device_count()} x {device.device_kind}'
-    name = platform.processor() or platform.machine()
-    info = Path('/proc/cpuinfo')
-    if info.exists():
-        lines = [li for li in info.read_text().splitlines() if 'model name' in li]
-        name = lines[0].partition(':')[2].strip() if lines else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else '?'
-    return f'CPU, {cores} core(s) of {name}'
-
-
-def commit() -> str:
-    """The commit of the code, with '+' if it was changed since; '' if unknown."""
-    git = lambda *args: subprocess.run(
-        ['git', *args], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()  # fmt: skip
-    try:
-        changed = git('status', '--porcelain', '--untracked-files=no', '.')
-        return git('rev-parse', '--short=12', 'HEAD') + ('+' if changed else '')
-    except (OSError, subprocess.CalledProcessError):
-        return ''
 
 
 def run_all(
@@ -324,14 +298,18 @@ def run_process(folder: Path, slot: int, parallel: int) -> str:
         every = sorted(os.sched_getaffinity(0))
         own = every[slot % len(every) :: parallel]
         command.append(f'--cores={",".join(map(str, own))}')
-    # Seeds of a recipe compile the same programs.
-    cache = {'JAX_COMPILATION_CACHE_DIR': str(folder.parent / 'compiled')}
+    environment = {
+        # Seeds of a recipe compile the same programs.
+        'JAX_COMPILATION_CACHE_DIR': str(folder.parent / 'compiled'),
+        # So that the log's last line is the last that was said.
+        'PYTHONUNBUFFERED': '1',
+    }
     with log.open('a') as output:
         process = subprocess.run(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=cache | os.environ,
+            env=environment | os.environ,
         )
     if process.returncode == 0 and finished(folder):
         return ''
