@@ -132,7 +132,9 @@ def make_loader(config, source, *, batches: int) -> pipeline.PoolLoader:
     )
 
 
-def make_sampler(config, objective, apply, shape, *, batch_size: int) -> Sampler:
+def make_sampler(
+    config, objective, apply, shape, *, batch_size: int, mesh=None
+) -> Sampler:
     """Makes images; of latents through `data.autoencoder`, where there is one.
 
     Args:
@@ -141,10 +143,12 @@ def make_sampler(config, objective, apply, shape, *, batch_size: int) -> Sampler
       apply: the network.
       shape: (H, W, C) of what the network makes.
       batch_size: how many are made at once.
+      mesh: of the parameters; None for that of `checkpoint.load_run`, all devices.
     """
     decode = None
     if config.data.autoencoder:
-        decode = vae.make_decoder(config.data.autoencoder)
+        mesh = sharding.make_mesh() if mesh is None else mesh
+        decode = vae.make_decoder(config.data.autoencoder, mesh)
     return Sampler(objective, apply, shape, batch_size=batch_size, decode=decode)
 
 

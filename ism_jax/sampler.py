@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import Callable
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+import numpy as np
 
 from ism_jax import interpolant
 from ism_jax import schedule as schedules
@@ -24,6 +26,8 @@ class Sampler:
     Sample number i has the noise `normal(fold_in(key, i))`: it does not depend on the
     batch size, and the same number shows the same noise at every step count. (Noise
     that a sampler adds between steps does depend on the batch size.)
+
+    A batch is divided among the devices of the parameters' mesh.
 
     Args:
       objective: what the network was trained with.
@@ -55,6 +59,13 @@ class Sampler:
         self._run = jax.jit(run)
         self._decode = decode
 
+    def shown_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images that are yielded."""
+        if self._decode is None:
+            return self.image_shape
+        latents = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+        return jax.eval_shape(self._decode, latents).shape[1:]
+
     def batches(
         self,
         params,
@@ -63,6 +74,7 @@ class Sampler:
         *,
         guidance: float,
         schedule: Sequence[float],
+        first: int = 0,
     ):
         """Yields (images [b, H, W, C], labels [b]), b at most `batch_size`.
 
@@ -72,26 +84,32 @@ class Sampler:
           labels: one for each sample.
           guidance: strength w for all samples.
           schedule: step sizes, see `schedule.check_schedule`.
+          first: number of the first sample: a part of many samples is made by itself.
 
         Raises:
           ValueError: the schedule is not one that the network was trained for.
         """
         times, sizes = schedules.times_and_sizes(schedule, self.base_steps)
-        labels = jnp.asarray(labels, jnp.int32)
+        labels = np.asarray(labels, np.int32)
+        split, size = self._batch_split(params)
         for start in range(0, len(labels), self.batch_size):
             label = labels[start : start + self.batch_size]
-            kept = len(label)
             # The last batch is filled up, so that nothing is compiled for its size.
-            padding = self.batch_size - kept
+            numbers = first + start + np.arange(size, dtype=np.int32)
+            padded = np.pad(label, (0, size - len(label)))
+            w = np.full(size, guidance, np.float32)
             images = self._run(
-                params,
-                key,
-                start + jnp.arange(self.batch_size),
-                jnp.pad(label, (0, padding)),
-                jnp.full((self.batch_size,), guidance, jnp.float32),
-                times,
-                sizes,
+                params, key, *jax.device_put((numbers, padded, w), split), times, sizes
             )
             if self._decode is not None:
                 images = self._decode(images)
-            yield images[:kept], label
+            yield images[: len(label)], label
+
+    def _batch_split(self, params):
+        """How a batch is divided among the devices of `params`, and its size there."""
+        for leaf in jax.tree.leaves(params):
+            place = getattr(leaf, 'sharding', None)
+            if isinstance(place, NamedSharding):
+                size = -(-self.batch_size // place.mesh.size) * place.mesh.size
+                return NamedSharding(place.mesh, P(place.mesh.axis_names)), size
+        return None, self.batch_size

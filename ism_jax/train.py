@@ -115,6 +115,7 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
         functools.partial(build.apply_model, model),
         source.image_shape,
         batch_size=config.sample.batch_size,
+        mesh=mesh,
     )
     scorer = None
     if config.scores.enabled:

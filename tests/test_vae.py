@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ism_jax import sharding
 from ism_jax.models import vae
 
 TINY = vae.Config(
@@ -326,7 +327,7 @@ def test_decoder_of_a_path_divides_by_the_scale(tiny, tmp_path):
     vae.save(tmp_path, autoencoder, params)
     latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
     np.testing.assert_allclose(
-        vae.make_decoder(str(tmp_path))(latents),
+        vae.make_decoder(str(tmp_path), sharding.make_mesh())(latents),
         autoencoder.decode(params, latents / 0.3),
         atol=1e-5,
     )

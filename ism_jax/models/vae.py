@@ -32,6 +32,7 @@ import numpy as np
 import safetensors.numpy
 
 from ism_jax import files
+from ism_jax import sharding
 from ism_jax import tensor_file
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -525,9 +526,10 @@ def digest(path: str) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def make_decoder(path: str):
-    """The compiled function from latents of diffusion models to images."""
+def make_decoder(path: str, mesh):
+    """The compiled function from latents, divided over a mesh or not, to images."""
     autoencoder, params = load(path)
+    params = jax.device_put(params, sharding.replicated(mesh))
     decode = jax.jit(autoencoder.images)
     return functools.partial(decode, params)
 
