@@ -1,8 +1,29 @@
-"""Scores a run: `python -m ism_jax.evaluate --workdir runs/quickstart`.
+"""Scores a run, or images of any origin.
 
-Frechet distance of a small classifier's features (the classifier is trained once on
-the real images and kept in the workdir) and accuracy of the samples' classes, over
-steps and guidance, from the slow average. Writes `scores.json` into the workdir.
+    python -m ism_jax.evaluate --workdir runs/quickstart
+
+With no `--metrics`, as for runs on small images: the Frechet distance of a small
+classifier's features (the classifier is trained once on the real images and kept in
+the workdir) and the accuracy of the samples' classes, over steps and guidance, from the
+slow average. Writes `scores.json` into the workdir.
+
+    python -m ism_jax.evaluate --workdir runs/imagenet256_ism_xl2 \\
+        --metrics fid,sfid,is,pr,kid,fd_dinov2 --steps 1,2,4,8,128 --guidance 1.5 \\
+        --reference /data/VIRTUAL_imagenet256_labeled.npz
+
+With `--metrics` (`ism_jax/metrics/measures.py` lists them), as in the literature:
+50,000 samples of each cell. Weights of Inception are fetched, or read from
+`--inception`; those of DINOv2 come from the hub or a folder, those of EfficientNet from
+a package.
+Real images are an NPZ batch of ADM's, a folder, or a source such as `tfds:NAME`; their
+statistics are computed once and kept in `--cache_dir`. Samples are made on all devices
+of this process, in chunks that survive a kill: the same command goes on. Several
+processes share the work by `--process_index` and `--process_count`. Results are in
+`<workdir>/evaluation`, a `record.json` for each cell and all of them in `records.json`.
+
+    python -m ism_jax.evaluate --images samples.npz --metrics fid --reference ...
+
+scores images of another program: an NPZ file in ADM's layout, or a folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +38,7 @@ import jax
 import numpy as np
 
 from ism_jax import build
+from ism_jax import cells
 from ism_jax import checkpoint
 from ism_jax import command_line
 from ism_jax import config as config_lib
@@ -24,6 +46,10 @@ from ism_jax import sample
 from ism_jax import schedule
 from ism_jax.data import sources
 from ism_jax.metrics import classifier
+from ism_jax.metrics import feature_network
+from ism_jax.metrics import measures
+from ism_jax.metrics import real_images
+from ism_jax.metrics import reference
 from ism_jax.metrics import scores
 from ism_jax.sampler import Sampler
 
@@ -126,24 +152,103 @@ def evaluate(
     return records
 
 
-def run_flags():
-    """Does what the command line says."""
-    run = checkpoint.load_run(FLAGS.workdir, FLAGS.step)
+def load_judges(names: Sequence[str], source, image_size: int | None) -> cells.Judges:
+    """Networks and references as the command line says.
+
+    Args:
+      names: of metrics.
+      source: real images where `--reference` says nothing; None for none.
+      image_size: side of the samples, to which real images of a folder are brought;
+        None to take them as they are.
+    """
+    cache = Path(FLAGS.cache_dir).expanduser()
+    load = {
+        'inception': lambda: feature_network.load_inception(
+            FLAGS.inception or feature_network.fetch_inception(cache),
+            other_name=FLAGS.inception_name, batch_size=FLAGS.network_batch_size,
+        ),
+        'dinov2': lambda: feature_network.load_dinov2(
+            FLAGS.dinov2, batch_size=FLAGS.network_batch_size
+        ),
+        'efficientnet': lambda: feature_network.load_efficientnet_lite(
+            FLAGS.efficientnet or None, batch_size=FLAGS.network_batch_size
+        ),
+    }  # fmt: skip
+    needed = measures.networks(names)
+    place = open_reference(source, image_size)
+    networks = {name: load[name]() for name in needed}
+    size = image_size if isinstance(place, Path) and place.is_dir() else None
+    return cells.Judges(
+        tuple(names),
+        networks,
+        {
+            name: reference.load_or_compute(
+                place, network, cache_dir=cache, image_size=size, report=print
+            )
+            for name, network in networks.items()
+        },
+    )
+
+
+def open_reference(source, image_size: int | None):
+    """What `--reference` names: a path, or a source of data."""
+    text = FLAGS.reference
+    if not text:
+        if source is None:
+            raise ValueError(
+                "--reference names the real images: an NPZ file of ADM's, a folder, or "
+                'a source such as tfds:imagenet2012'
+            )
+        return source
+    if Path(text).expanduser().exists():
+        return Path(text).expanduser()
+    if image_size is None:
+        raise ValueError(f'--reference {text} is neither a file nor a folder')
+    return sources.make_source(
+        text, image_size=image_size, channels=3, data_dir=FLAGS.data_dir,
+        split=FLAGS.split,
+    )  # fmt: skip
+
+
+def run_images():
+    """Scores `--images`."""
+    names = sample.parse_list(FLAGS.metrics)
+    measures.networks(names)
+    images = real_images.open_images(FLAGS.images)
+    judges = load_judges(names, None, None)
+    record = cells.evaluate_images(images, judges)
+    path = Path(FLAGS.out or 'evaluation') / 'images.json'
+    scores.write_records(path, [record])
+    print(f'\n{cells.table([record])}\n\nwrote {path}')
+
+
+def run_cells(run, sampler: Sampler, steps, guidance):
+    """Scores a run by `--metrics`."""
+    names = sample.parse_list(FLAGS.metrics)
+    measures.networks(names)
+    source = None if FLAGS.reference else source_of(run)
+    judges = load_judges(names, source, sampler.shown_shape()[0])
+    out = Path(FLAGS.out or Path(FLAGS.workdir) / 'evaluation')
+    records = cells.evaluate_cells(
+        run, sampler, judges, steps=steps, guidance=guidance,
+        samples=FLAGS.samples or 50_000, labels=FLAGS.labels, seed=FLAGS.seed, out=out,
+        keep=sample.parse_list(FLAGS.keep), process_index=FLAGS.process_index,
+        process_count=FLAGS.process_count,
+    )  # fmt: skip
+    if records is not None:
+        print(f'\n{cells.table(records)}\n\nwrote {out}/records.json')
+
+
+def run_classifier(run, sampler: Sampler, steps, guidance):
+    """Scores a run by a small classifier."""
+    source = source_of(run)
+    if source is None:
+        raise ValueError(
+            f'{FLAGS.workdir} names no images that a small classifier could learn from '
+            f'(data.source = {run.config.data.source!r}); say how to judge its '
+            'samples, such as --metrics fid,is --reference tfds:imagenet2012'
+        )
     config = run.config
-    objective = config_lib.make_objective(config, len(run.class_names))
-    steps = sample.parse_numbers(FLAGS.steps, int) or config.sample.steps
-    guidance = sample.parse_numbers(FLAGS.guidance, float) or config.sample.guidance
-    config_lib.check_guidance(objective, guidance)
-    source = sources.make_source(
-        config.data.source, **config_lib.source_options(config)
-    )
-    sampler = build.make_sampler(
-        config,
-        objective,
-        run.apply,
-        run.image_shape,
-        batch_size=config.sample.batch_size,
-    )
     scorer = SampleScorer(source, sampler, cache_dir=FLAGS.workdir, seed=config.seed)
     evaluate(
         scorer, run.params, trained_steps=run.step, steps=steps, guidance=guidance,
@@ -151,11 +256,65 @@ def run_flags():
     )  # fmt: skip
 
 
+def source_of(run: checkpoint.Run) -> sources.Source | None:
+    """The images that a run was trained on, if its config names such."""
+    if not run.config.data.source or run.config.data.source.startswith('latents:'):
+        return None
+    return sources.make_source(
+        run.config.data.source, **config_lib.source_options(run.config)
+    )
+
+
+def run_flags():
+    """Does what the command line says."""
+    if bool(FLAGS.images) == bool(FLAGS.workdir):
+        raise ValueError('give --workdir, a run, or --images, a folder or NPZ file')
+    if FLAGS.images:
+        return run_images()
+    run = checkpoint.load_run(FLAGS.workdir, FLAGS.step)
+    objective = config_lib.make_objective(run.config, len(run.class_names))
+    steps = sample.parse_numbers(FLAGS.steps, int) or run.config.sample.steps
+    guidance = sample.parse_numbers(FLAGS.guidance, float) or run.config.sample.guidance
+    config_lib.check_guidance(objective, guidance)
+    sampler = build.make_sampler(
+        run.config, objective, run.apply, run.image_shape,
+        batch_size=FLAGS.batch_size or run.config.sample.batch_size,
+    )  # fmt: skip
+    score = run_cells if FLAGS.metrics else run_classifier
+    score(run, sampler, steps, guidance)
+
+
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
-    flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
+    flags.DEFINE_string('workdir', None, 'Folder of the run.')
+    flags.DEFINE_string('images', '', 'Images to score instead: folder or NPZ file.')
     flags.DEFINE_integer('step', None, 'Checkpoint; the latest if not given.')
     flags.DEFINE_string('steps', '', 'Such as 1,2,4; the config says by default.')
     flags.DEFINE_string('guidance', '', 'Such as 0,1.5; the config says by default.')
-    flags.DEFINE_integer('samples', 0, 'For each cell; 0: as the config says.')
+    flags.DEFINE_integer(
+        'samples',
+        0,
+        'Of each cell; 0: 50,000, or without --metrics as the config says.',
+    )
+    flags.DEFINE_string('metrics', '', f'Such as {",".join(measures.MEASURES)}.')
+    flags.DEFINE_string('reference', '', 'Real images; those of the run by default.')
+    flags.DEFINE_string('data_dir', '', "TFDS's folder; '' for its default.")
+    flags.DEFINE_string('split', 'train', 'Of a TFDS data set.')
+    flags.DEFINE_enum(
+        'labels', 'balanced', cells.LABELS, 'Every class equally often, or at random.'
+    )
+    flags.DEFINE_integer('seed', 0, 'Of the noise and of random labels.')
+    flags.DEFINE_integer('batch_size', 0, 'Samples at once; 0: as the config says.')
+    flags.DEFINE_string('keep', '', 'Samples to keep: npz,png.')
+    flags.DEFINE_string('out', '', 'Folder of results; <workdir>/evaluation if empty.')
+    flags.DEFINE_string('inception', '', 'File of its weights; fetched if empty.')
+    flags.DEFINE_string('inception_name', '', 'Name of other weights: no FID then.')
+    flags.DEFINE_string('dinov2', 'facebook/dinov2-large', 'Folder or hub id.')
+    flags.DEFINE_string('efficientnet', '', "File of its weights; '' for the package.")
+    flags.DEFINE_integer(
+        'network_batch_size', 64, 'Images that a network sees at once.'
+    )
+    flags.DEFINE_string('cache_dir', '~/.cache/ism_jax', 'Of weights and references.')
+    flags.DEFINE_integer('process_index', 0, 'Which share of the samples to make.')
+    flags.DEFINE_integer('process_count', 1, 'How many processes share them.')
     app.run(command_line.main(run_flags))

@@ -99,7 +99,7 @@ def write(folder, network: Network) -> None:
         'format': FORMAT,
         'version': VERSION,
         'config_sha256': hashlib.sha256(text).hexdigest(),
-        'tensors_sha256': _digest(tensors),
+        'tensors_sha256': digest(tensors),
     }
     files.write_bytes(folder / TENSORS, safetensors.numpy.save(tensors, metadata))
     files.write_bytes(folder / CONFIG, text)
@@ -137,7 +137,7 @@ def read(folder) -> Network:
             f'{folder / CONFIG} is not the one that {TENSORS} was written with: it was '
             'edited, truncated or belongs to another network; export again'
         )
-    if _digest(tensors) != metadata.get('tensors_sha256'):
+    if digest(tensors) != metadata.get('tensors_sha256'):
         raise ValueError(
             f'the tensors of {folder / TENSORS} are not those that were written: the '
             'file was edited or damaged; export again'
@@ -229,10 +229,16 @@ def _flatten(params) -> dict[str, Any]:
     return traverse_util.flatten_dict(params, sep='/')
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 of arrays with their names, types and shapes, hexadecimal."""
+    content = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name]
-        digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+        content.update(f'{name} {array.dtype} {array.shape}\n'.encode())
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+def params_digest(params) -> str:
+    """`digest` of a tree of parameters: that of the file that `write` makes of it."""
+    return digest({n: np.asarray(leaf) for n, leaf in _flatten(params).items()})

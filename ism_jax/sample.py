@@ -35,11 +35,16 @@ def parse_numbers(text: str, kind) -> tuple:
       ValueError: something that is no number of the kind.
     """
     try:
-        return tuple(kind(part) for part in text.split(',') if part.strip())
+        return tuple(kind(part) for part in parse_list(text))
     except ValueError as error:
         raise ValueError(
             f'{text!r} is not a list of numbers such as 1,2,4 ({error})'
         ) from error
+
+
+def parse_list(text: str) -> list[str]:
+    """Words of 'a,b,c'."""
+    return [part.strip() for part in text.split(',') if part.strip()]
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Settings of all tests, and a package that several compare with."""
+"""Settings of all tests, and what several compare with."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,12 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from ism_jax.models import inception  # noqa: E402
+from ism_jax.models import named_tensors  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -44,3 +49,50 @@ def torch_fidelity(monkeypatch):
         for name in ('CIFAR10', 'CIFAR100', 'STL10'):
             setattr(sys.modules['torchvision.datasets'], name, type(name, (), {}))
     return importlib.import_module('torch_fidelity')
+
+
+@pytest.fixture(scope='session')
+def inception_tensors():
+    """Random weights of Inception by the names of the published file.
+
+    Activations are near 1.
+    """
+    expected = named_tensors.abstract_params(
+        inception.Inception(), jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+    )
+    rng = np.random.default_rng(0)
+    out = {}
+
+    def fill(tree, name):
+        if 'conv' not in tree:
+            for child in tree:
+                fill(tree[child], f'{name}.{child}')
+            return
+        height, width, ins, outs = tree['conv']['kernel'].shape
+        scale = (2 / (height * width * ins)) ** 0.5
+        out[f'{name}.conv.weight'] = scale * rng.normal(size=(outs, ins, height, width))
+        out[f'{name}.bn.weight'] = rng.uniform(0.7, 1.3, outs)
+        out[f'{name}.bn.bias'] = 0.1 * rng.normal(size=outs)
+        out[f'{name}.bn.running_mean'] = 0.1 * rng.normal(size=outs)
+        out[f'{name}.bn.running_var'] = rng.uniform(0.5, 1.5, outs)
+
+    for layer in expected:
+        if layer != 'fc':
+            fill(expected[layer], layer)
+    out['fc.weight'] = 0.05 * rng.normal(size=(1008, 2048))
+    out['fc.bias'] = rng.normal(size=1008)
+    return {name: tensor.astype(np.float32) for name, tensor in out.items()}
+
+
+@pytest.fixture(scope='session')
+def inception_file(inception_tensors, tmp_path_factory):
+    """A file of these weights as PyTorch writes it; without PyTorch, skipped."""
+    torch = pytest.importorskip('torch', reason='it writes the file')
+    state = {name: torch.from_numpy(t) for name, t in inception_tensors.items()}
+    for name in inception_tensors:
+        if name.endswith('running_var'):
+            counter = name.replace('running_var', 'num_batches_tracked')
+            state[counter] = torch.tensor(7)
+    path = tmp_path_factory.mktemp('inception') / 'weights.pth'
+    torch.save(state, path)
+    return path

@@ -6,51 +6,19 @@ All weights are random: the published ones are not needed for these tests.
 import importlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
 from ism_jax.metrics import feature_network
 from ism_jax.models import inception
-from ism_jax.models import named_tensors
 
 SPATIAL = (17, 17, 7)
 
 
 @pytest.fixture(scope='module')
-def tensors():
-    """A random state_dict by the names of the published file, activations near 1."""
-    expected = named_tensors.abstract_params(
-        inception.Inception(), jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
-    )
-    rng = np.random.default_rng(0)
-    out = {}
-
-    def fill(tree, name):
-        if 'conv' not in tree:
-            for child in tree:
-                fill(tree[child], f'{name}.{child}')
-            return
-        height, width, ins, outs = tree['conv']['kernel'].shape
-        scale = (2 / (height * width * ins)) ** 0.5
-        out[f'{name}.conv.weight'] = scale * rng.normal(size=(outs, ins, height, width))
-        out[f'{name}.bn.weight'] = rng.uniform(0.7, 1.3, outs)
-        out[f'{name}.bn.bias'] = 0.1 * rng.normal(size=outs)
-        out[f'{name}.bn.running_mean'] = 0.1 * rng.normal(size=outs)
-        out[f'{name}.bn.running_var'] = rng.uniform(0.5, 1.5, outs)
-
-    for layer in expected:
-        if layer != 'fc':
-            fill(expected[layer], layer)
-    out['fc.weight'] = 0.05 * rng.normal(size=(1008, 2048))
-    out['fc.bias'] = rng.normal(size=1008)
-    return {name: tensor.astype(np.float32) for name, tensor in out.items()}
-
-
-@pytest.fixture(scope='module')
-def params(tensors):
-    return inception.params_from_tensors(tensors)
+def params(inception_tensors):
+    return inception.params_from_tensors(inception_tensors)
 
 
 @pytest.fixture(scope='module')
@@ -63,22 +31,14 @@ def _images(side_y=32, side_x=40, batch=2):
     return rng.integers(0, 256, (batch, side_y, side_x, 3)).astype(np.uint8)
 
 
-def test_agrees_with_torch_fidelity(tensors, tmp_path, torch_fidelity):
+def test_agrees_with_torch_fidelity(inception_file, torch_fidelity):
     import torch
 
     module = importlib.import_module('torch_fidelity.feature_extractor_inceptionv3')
-    state = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-    for name in tensors:
-        if name.endswith('running_var'):
-            counter = name.replace('running_var', 'num_batches_tracked')
-            state[counter] = torch.tensor(7)
-    path = tmp_path / 'weights.pth'
-    torch.save(state, path)
-
     theirs = module.FeatureExtractorInceptionV3(
         'inception-v3-compat',
         ['2048', 'logits_unbiased'],
-        feature_extractor_weights_path=path,
+        feature_extractor_weights_path=inception_file,
     )
     seen = {}
     theirs.Mixed_6d.branch1x1.register_forward_hook(
@@ -89,7 +49,9 @@ def test_agrees_with_torch_fidelity(tensors, tmp_path, torch_fidelity):
         features, logits = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2)))
     spatial = seen['spatial'][:, :7].permute(0, 2, 3, 1).reshape(len(images), -1)
 
-    network = feature_network.load_inception(path, other_name='random', batch_size=2)
+    network = feature_network.load_inception(
+        inception_file, other_name='random', batch_size=2
+    )
     ours = network(images)
     pairs = {'features': features, 'spatial': spatial, 'unbiased_logits': logits}
     for name, value in pairs.items():
@@ -144,10 +106,10 @@ def test_resize_is_tensorflow_1s(height, width):
         assert np.abs(ours - centred).mean() > 5
 
 
-def test_other_weights_must_have_a_name(tensors, params, tmp_path, apply):
+def test_other_weights_must_have_a_name(inception_tensors, params, tmp_path, apply):
     path = tmp_path / 'weights.safetensors'
     counter = {'Mixed_5b.branch1x1.bn.num_batches_tracked': np.array(7)}
-    safetensors.save_file(tensors | counter, path)
+    safetensors.save_file(inception_tensors | counter, path)
     with pytest.raises(ValueError, match='is not the Inception network that FID'):
         feature_network.load_inception(path)
     network = feature_network.load_inception(path, other_name='mine', batch_size=3)
@@ -172,9 +134,9 @@ def test_other_weights_must_have_a_name(tensors, params, tmp_path, apply):
         network(np.zeros((2, 8, 8, 4)))
 
 
-def test_published_file_is_called_fid(tensors, tmp_path, monkeypatch):
+def test_published_file_is_called_fid(inception_tensors, tmp_path, monkeypatch):
     path = tmp_path / 'weights.safetensors'
-    safetensors.save_file(tensors, path)
+    safetensors.save_file(inception_tensors, path)
     checksum = feature_network.file_checksum(path)
     monkeypatch.setattr(inception, 'PUBLISHED_SHA256', checksum)
     network = feature_network.load_inception(path)
@@ -207,8 +169,8 @@ def test_published_checksum_is_that_of_the_file_name():
         ),
     ],
 )
-def test_tensors_of_another_network_are_refused(tensors, change, message):
-    changed = dict(tensors)
+def test_tensors_of_another_network_are_refused(inception_tensors, change, message):
+    changed = dict(inception_tensors)
     change(changed)
     with pytest.raises(ValueError, match=message):
         inception.params_from_tensors(changed)

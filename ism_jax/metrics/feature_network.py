@@ -11,12 +11,14 @@ import importlib.util
 import json
 from pathlib import Path
 import re
+import urllib.request
 
 from flax import linen as nn
 import jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
+from ism_jax import files
 from ism_jax import images as image_files
 from ism_jax import sharding
 from ism_jax import tensor_file
@@ -147,6 +149,37 @@ def load_inception(
         preprocessing='uint8, TensorFlow 1 bilinear to 299, (x - 128) / 128',
         batch_size=batch_size,
     )
+
+
+def fetch_inception(folder, url: str = inception.PUBLISHED_URL) -> Path:
+    """The published weights of Inception: from a folder, or from the net into it.
+
+    Args:
+      folder: that keeps them.
+      url: of the file.
+
+    Raises:
+      ValueError: it cannot be fetched, or is not the published file.
+    """
+    path = Path(folder) / Path(inception.PUBLISHED_URL).name
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content = response.read()
+    except OSError as error:
+        raise ValueError(
+            f'the weights of Inception cannot be fetched from {url} ({error}); put the '
+            f'file at {path}, or give its place'
+        ) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != inception.PUBLISHED_SHA256:
+        raise ValueError(
+            f'{url} is not the published file: its SHA-256 is {found}, not '
+            f'{inception.PUBLISHED_SHA256}; put the right one at {path}'
+        )
+    files.write_bytes(path, content)
+    return path
 
 
 def load_dinov2(path, *, batch_size: int = 64) -> FeatureNetwork:

@@ -179,8 +179,16 @@ def write_records(path, records: Sequence[Mapping]) -> None:
     Raises:
       TypeError: a value is none of number, text, list and dict.
     """
-    plain = [_plain(record) for record in records]
-    text = json.dumps(plain, indent=1, allow_nan=False) + '\n'
+    _write_json(path, [_plain(record) for record in records])
+
+
+def write_record(path, record: Mapping) -> None:
+    """As `write_records`, of one record by itself."""
+    _write_json(path, _plain(record))
+
+
+def _write_json(path, content) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + '\n'
     files.write_bytes(path, text.encode())
 
 

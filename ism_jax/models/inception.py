@@ -25,6 +25,10 @@ NUM_LOGITS = 1008
 EPSILON = 1e-3  # Of the batch norms.
 # Of pt_inception-2015-12-05-6726825d.pth (pytorch-fid) and, the same file,
 # weights-inception-2015-12-05-6726825d.pth (torch-fidelity).
+PUBLISHED_URL = (
+    'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
+    'pt_inception-2015-12-05-6726825d.pth'
+)
 PUBLISHED_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 
 
