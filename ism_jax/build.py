@@ -148,7 +148,12 @@ def make_sampler(
     decode = None
     if config.data.autoencoder:
         mesh = sharding.make_mesh() if mesh is None else mesh
-        decode = vae.make_decoder(config.data.autoencoder, mesh)
+        decode = vae.make_decoder(
+            config.data.autoencoder,
+            mesh,
+            config.data.latent_mean,
+            config.data.latent_std,
+        )
     return Sampler(objective, apply, shape, batch_size=batch_size, decode=decode)
 
 

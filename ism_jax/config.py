@@ -45,6 +45,9 @@ def default() -> ml_collections.ConfigDict:
     c.data.classes_per_pool = 0
     # Makes pictures of latents: folder, safetensors file or hub id; '' for none.
     c.data.autoencoder = ''
+    # Of latents, per channel: (x - mean) / std; () for the autoencoder's one scale.
+    c.data.latent_mean = ()
+    c.data.latent_std = ()
     c.data.num_threads = 2
     c.data.prefetch = 2  # Pools made ahead of time.
 
@@ -188,7 +191,7 @@ def _apply_argument(config, argument: str) -> None:
     if argument == 'runlocal':
         config.data.update(
             source='mnist', channels=1, image_size=32, autoencoder='',
-            classes_per_pool=0,
+            classes_per_pool=0, latent_mean=(), latent_std=(),
         )  # fmt: skip
         config.model.update(
             hidden_size=32, depth=2, num_heads=2, patch_size=8, dtype='float32',
@@ -341,6 +344,7 @@ def source_options(config) -> dict[str, Any]:
     return dict(
         image_size=config.data.image_size, channels=config.data.channels,
         data_dir=config.data.dir, on_corrupt=config.data.on_corrupt,
+        latent_mean=config.data.latent_mean, latent_std=config.data.latent_std,
     )  # fmt: skip
 
 
@@ -436,6 +440,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f'scores.enabled = True, but data.source = {c.data.source!r} has no images '
             'for the small classifier to learn from; set scores.enabled = False'
         )
+    _validate_normalisation(c)
     objective = make_objective(c, num_classes=1)
     needed = objective.model_options().get('step_embedding', c.model.step_embedding)
     if c.model.step_embedding != needed:
@@ -467,6 +472,24 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'scores.samples = {c.scores.samples} must be at least 100 for a Frechet '
             'distance; or set scores.enabled = False'
+        )
+
+
+def _validate_normalisation(c) -> None:
+    mean, std = c.data.latent_mean, c.data.latent_std
+    if not mean and not std:
+        return
+    given = f'data.latent_mean = {mean} and data.latent_std = {std}'
+    if not c.data.source.startswith('latents:'):
+        raise ValueError(
+            f'{given} are of latents, but data.source = {c.data.source!r}; set both '
+            'to ()'
+        )
+    if not len(mean) == len(std) == c.data.channels or not min(std) > 0:
+        raise ValueError(
+            f'{given} must have a number for each of the data.channels = '
+            f'{c.data.channels}, the latter above 0; the manifest of the latents has '
+            'them as channel_mean and channel_std'
         )
 
 

@@ -236,7 +236,7 @@ def _write_shard(
     """Writes a shard under another name, renames it, then describes it."""
     path = out / latents.shard_name(index, count)
     unfinished = path.with_name(f'.{path.name}.unfinished')
-    labels, skipped = [], []
+    labels, skipped, moments = [], [], latents.ChannelMoments()
 
     def read(position):
         number = images[int(position)]
@@ -260,6 +260,7 @@ def _write_shard(
         for record, mean, log_variance in zip(waiting, *encoder(pixels)):
             label = int(record['label'])
             labels.append(label)
+            moments.add(mean, log_variance)
             writer.write(latents.pack(latents.Record(label, mean, log_variance), dtype))
         progress(len(waiting))
         waiting.clear()
@@ -291,6 +292,7 @@ def _write_shard(
         'sha256': latents.file_digest(path),
         'labels': labels,
         'skipped': skipped,
+        'moments': moments.to_json(),
     }
     files.write_bytes(out / PARTS / f'{index:05d}.json', json.dumps(part).encode())
     return part
@@ -305,6 +307,7 @@ def _finish(out: Path, settings: dict, parts: list[dict]) -> dict:
     manifest = settings | {
         'count': len(labels),
         'count_per_class': per_class.tolist(),
+        **latents.ChannelMoments.merged(p['moments'] for p in parts).statistics(),
         'skipped': [entry for part in parts for entry in part['skipped']],
         'shards': [
             {name: part[name] for name in ('name', 'count', 'bytes', 'sha256')}

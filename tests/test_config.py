@@ -106,6 +106,10 @@ def test_every_field_is_read():
         ({'model.step_embedding': 'log'}, "model.step_embedding = 'log' must be one"),
         ({'data.classes_per_pool': -1}, 'data.classes_per_pool = -1'),
         ({'data.autoencoder': 'a/b'}, "data.autoencoder = 'a/b' decodes latents"),
+        (
+            {'data.latent_std': (1.0,)},
+            r'data.latent_std = \(1.0,\) are of latents, but',
+        ),
         ({'data.source': 'latents:x'}, 'scores.enabled = True, but data.source'),
     ],
 )
@@ -114,6 +118,15 @@ def test_bad_values_are_refused_by_name(change, message):
     config_lib.validate(config)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
+        config_lib.validate(config)
+
+
+@pytest.mark.parametrize('std', [(), (1.0, 2.0), (1.0, 2.0, 3.0, 0.0)])
+def test_normalisation_of_latents_is_whole(std):
+    config, _ = _get_config(ROOT / 'configs' / 'imagenet256_imm_xl2.py')
+    config_lib.validate(config)
+    config.data.latent_std = std
+    with pytest.raises(ValueError, match='must have a number for each .* = 4'):
         config_lib.validate(config)
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from ism_jax.data import pipeline
 from ism_jax.data import sources
+from tfds_files import write_tfds
 
 
 def _source(size=40, side=4, classes=4):
@@ -695,33 +696,6 @@ def test_folders_that_are_no_data_set(folder, tmp_path):
 # TFDS.
 
 
-def _write_tfds(root, name, version, features, splits):
-    """Prepares a data set as TFDS does, of images that are PNG already.
-
-    Encoding arrays would import TensorFlow.
-    """
-    import tensorflow_datasets as tfds
-
-    folder = os.path.join(root, name, version)
-    os.makedirs(folder)
-    info = tfds.core.DatasetInfo(
-        builder=tfds.core.dataset_info.DatasetIdentity(
-            name=name,
-            version=tfds.core.Version(version),
-            data_dir=folder,
-            module_name=name,
-        ),
-        features=tfds.features.FeaturesDict(features),
-        supervised_keys=('picture', 'fine') if 'fine' in features else None,
-    )
-    writer = tfds.core.SequentialWriter(
-        info, max_examples_per_shard=4, file_format='array_record'
-    )
-    writer.initialize_splits(list(splits))
-    writer.add_examples(splits)
-    writer.close_all()
-
-
 def _png(array):
     file = io.BytesIO()
     Image.fromarray(array).save(file, 'PNG')
@@ -743,7 +717,7 @@ def _write_small_mnist(root):
         ]
         for split, extra in (('train', 10), ('test', 11))
     }
-    _write_tfds(root, 'mnist', '3.0.1', features, splits)
+    write_tfds(root, 'mnist', '3.0.1', features, splits)
 
 
 def _tfds(name, root, **options):
@@ -783,7 +757,7 @@ def test_tfds_features_are_found_and_images_cropped(tmp_path):
         'id': tfds.features.Text(),
     }
     example = {'picture': _png(array), 'coarse': 0, 'fine': 1, 'id': 'n'}
-    _write_tfds(tmp_path, 'photos', '1.0.0', features, {'train': [example]})
+    write_tfds(tmp_path, 'photos', '1.0.0', features, {'train': [example]})
     source = _tfds('photos', tmp_path, channels=3, image_size=20)
     record = source[0]
     assert (record['image'] == (50, 100, 150)).all() and record['label'] == 1
@@ -810,7 +784,7 @@ def test_tfds_data_sets_that_do_not_fit(tmp_path, case):
     }[case]
     png = np.zeros((8, 8), np.uint16 if case == 'sixteen bits' else np.uint8)
     example = {k: 0 if k == 'label' else _png(png) for k in features}
-    _write_tfds(tmp_path, 'odd', '1.0.0', features, {'train': [example]})
+    write_tfds(tmp_path, 'odd', '1.0.0', features, {'train': [example]})
     with pytest.raises(ValueError, match='tfds:odd.*' + message):
         _tfds('odd', tmp_path)
 

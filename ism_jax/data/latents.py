@@ -14,6 +14,7 @@ training's latents of them (0.18215 for Stable Diffusion's) is applied when they
 read, so a record does not depend on it.
 """
 
+from collections.abc import Iterable
 import hashlib
 import io
 import json
@@ -41,6 +42,44 @@ class Record(NamedTuple):
     label: int
     mean: np.ndarray
     log_variance: np.ndarray
+
+
+class ChannelMoments:
+    """Mean and deviation of latents over images and places, for each channel.
+
+    Of samples of the posterior: its variance is part of theirs. Sums in float64.
+    """
+
+    def __init__(self):
+        self._count, self._sum, self._squares = 0, np.zeros(1), np.zeros(1)
+
+    def add(self, mean: np.ndarray, log_variance: np.ndarray) -> None:
+        """Adds posteriors, [..., c] each."""
+        channels = mean.shape[-1]
+        mean = mean.reshape(-1, channels).astype(np.float64)
+        variance = np.exp(log_variance.reshape(-1, channels).astype(np.float64))
+        self._count += len(mean)
+        self._sum = self._sum + mean.sum(0)
+        self._squares = self._squares + (np.square(mean) + variance).sum(0)
+
+    def to_json(self) -> list:
+        return [self._count, self._sum.tolist(), self._squares.tolist()]
+
+    @classmethod
+    def merged(cls, parts: Iterable[list]) -> 'ChannelMoments':
+        """Of what `to_json` gave."""
+        out = cls()
+        for count, total, squares in parts:
+            out._count += count
+            out._sum = out._sum + np.asarray(total)
+            out._squares = out._squares + np.asarray(squares)
+        return out
+
+    def statistics(self) -> dict[str, list[float]]:
+        """`channel_mean` and `channel_std`, as `data.latent_mean` and `_std` want."""
+        mean = self._sum / self._count
+        std = np.sqrt(self._squares / self._count - np.square(mean))
+        return {'channel_mean': mean.tolist(), 'channel_std': std.tolist()}
 
 
 def pack(record: Record, dtype: str) -> bytes:

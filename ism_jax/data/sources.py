@@ -17,6 +17,7 @@ TensorFlow is never imported here. The one thing that needs it, the first prepar
 of a TFDS data set, is done by another process.
 """
 
+from collections.abc import Sequence
 import difflib
 import functools
 import gzip
@@ -102,6 +103,8 @@ def make_source(
     data_dir: str = '',
     on_corrupt: Literal['error', 'skip'] = 'error',
     split: str = 'train',
+    latent_mean: Sequence[float] = (),
+    latent_std: Sequence[float] = (),
 ) -> Source:
     """Opens a source by name.
 
@@ -116,6 +119,7 @@ def make_source(
         gives the next readable one in its place. Of 'folder' only.
       split: 'train' or 'test' (fashion_mnist), or any split of TFDS; the others have
         'train' only.
+      latent_mean, latent_std: see `LatentSource`.
 
     Raises:
       ValueError: an unknown name, missing data, sizes that do not fit.
@@ -144,7 +148,10 @@ def make_source(
             f'data.source = {name!r} lacks what follows the colon: {known[kind]!r}'
         )
     if kind == 'latents':
-        return LatentSource(rest, shape=(image_size, image_size, channels))
+        return LatentSource(
+            rest, shape=(image_size, image_size, channels), mean=latent_mean,
+            std=latent_std,
+        )  # fmt: skip
     if kind == 'folder':
         return FolderSource(
             rest, image_size=image_size, channels=channels, on_corrupt=on_corrupt
@@ -542,6 +549,8 @@ class LatentSource(Source):
     Args:
       path: of the finished folder.
       shape: (h, w, c) that a latent shall have.
+      mean, std: by which training's latents are normalised, a number for each channel;
+        () for the autoencoder's `scaling_factor` alone.
 
     Attributes:
       manifest: of the folder.
@@ -551,7 +560,10 @@ class LatentSource(Source):
       ValueError: the folder is not whole, or its files are not those of the manifest.
     """
 
-    def __init__(self, path: str, *, shape: tuple[int, int, int]):
+    def __init__(
+        self, path: str, *, shape: tuple[int, int, int], mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+    ):  # fmt: skip
         from array_record.python import array_record_data_source
 
         self.path = Path(path).expanduser()
@@ -565,6 +577,9 @@ class LatentSource(Source):
                 f'channels; set data.image_size = {height}, data.channels = {channels}'
             )
         self.class_names = tuple(self.manifest['class_names'])
+        scale = self.manifest['scaling_factor']
+        self._mean = np.asarray(mean or 0.0, np.float32)
+        self._scale = 1 / np.asarray(std, np.float32) if std else np.float32(scale)
         self.skipped = Skipped()
         shards = [self.path / shard['name'] for shard in self.manifest['shards']]
         for shard, entry in zip(shards, self.manifest['shards']):
@@ -608,9 +623,10 @@ class LatentSource(Source):
     def draw(
         self, record: latents.Record, *, flip: bool, random: np.random.Generator
     ) -> np.ndarray:
-        """A sample of the posterior, scaled for training.
+        """A sample of the posterior, normalised for training.
 
-            x = scale (mean + exp(log_variance / 2) epsilon)
+            x = scale (mean + exp(log_variance / 2) epsilon), or with a mean and std
+            x = (mean + exp(log_variance / 2) epsilon - data.mean) / data.std
 
         Args:
           record: of this source.
@@ -623,7 +639,7 @@ class LatentSource(Source):
         noise = random.standard_normal(self.image_shape, np.float32)
         deviation = np.exp(0.5 * record.log_variance[int(flip)])
         latent = record.mean[int(flip)] + deviation * noise
-        return latent * np.float32(self.manifest['scaling_factor'])
+        return (latent - self._mean) * self._scale
 
 
 def _feature(info, kind, usual: str, name: str) -> str:

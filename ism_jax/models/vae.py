@@ -526,11 +526,24 @@ def digest(path: str) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def make_decoder(path: str, mesh):
-    """The compiled function from latents, divided over a mesh or not, to images."""
+def make_decoder(path: str, mesh, mean=(), std=()):
+    """The compiled function from latents as they are trained on to images.
+
+    Args:
+      path: see `load`.
+      mesh: that latents may be divided over.
+      mean, std: by which they were normalised, see `sources.LatentSource`.
+    """
     autoencoder, params = load(path)
     params = jax.device_put(params, sharding.replicated(mesh))
-    decode = jax.jit(autoencoder.images)
+    mean = jnp.float32(mean or [0.0]).reshape(1, 1, 1, -1)
+    std = jnp.float32(std or [1 / autoencoder.config.scaling_factor])
+    std = std.reshape(1, 1, 1, -1)
+
+    @jax.jit
+    def decode(params, latents):
+        return autoencoder.decode(params, latents * std + mean)
+
     return functools.partial(decode, params)
 
 
