@@ -16,6 +16,7 @@ import tqdm  # noqa: E402
 
 from ism_jax import config as config_lib  # noqa: E402
 from ism_jax import images as pictures  # noqa: E402
+from ism_jax import plan  # noqa: E402
 from ism_jax.models import sit  # noqa: E402
 
 
@@ -124,6 +125,8 @@ def summary(config, model, params, mesh, source, workdir) -> str:
     devices = mesh.devices.flat[0]
     count = sit.num_parameters(model, source.image_shape)
     classes = len(source.class_names)
+    needs = plan.make_plan(config, mesh.size, classes).bytes_per_device
+    memory = sum(needs.values())
     return '\n'.join(
         [
             overview,
@@ -134,6 +137,8 @@ def summary(config, model, params, mesh, source, workdir) -> str:
             f'mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}',
             f'data:      {source!r}',
             f'           {classes} classes, images {source.image_shape}',
+            f'memory:    {memory / 2**30:.2f} GiB on each device, and what XLA needs '
+            'besides (--plan lists it)',
             f'objective: {config.objective.name}, {config.train.steps} steps of '
             f'{config.train.batch_size}',
             f'workdir:   {workdir}',

@@ -10,6 +10,9 @@ the method of a config and shrinks the rest to a minute on a CPU.
 
 `--config.train.init_from=FOLDER` starts a new run from a network that
 `ism_jax.convert` wrote, such as a pretrained SiT; a run that goes on ignores it.
+
+`--plan` only tells what the training would need, on `--plan_devices` devices: memory,
+operations, hours. It opens no data and needs no such devices.
 """
 
 import functools
@@ -28,6 +31,7 @@ from ism_jax import build
 from ism_jax import checkpoint
 from ism_jax import command_line
 from ism_jax import config as config_lib
+from ism_jax import plan
 from ism_jax import portable
 from ism_jax import progress
 from ism_jax import schedule
@@ -289,6 +293,11 @@ def check_devices(config, mesh) -> None:
 
 def run_flags():
     """Does what the command line says."""
+    if FLAGS.plan:
+        config_lib.validate(FLAGS.config)
+        made = plan.make_plan(FLAGS.config, FLAGS.plan_devices, FLAGS.plan_classes)
+        print(plan.format_plan(made, FLAGS.plan_tflops))
+        return
     workdir = FLAGS.workdir
     if not workdir:
         name = config_flags.get_config_filename(FLAGS['config']).split(':')[0]
@@ -302,5 +311,11 @@ if __name__ == '__main__':
         'config', None, 'Config file, such as configs/quickstart.py.', lock_config=True
     )
     flags.DEFINE_string('workdir', None, 'Folder of the run; runs/CONFIG by default.')
+    flags.DEFINE_bool('plan', False, 'Only tell what the training would need.')
+    flags.DEFINE_integer('plan_devices', 8, 'Devices to plan for.', lower_bound=1)
+    flags.DEFINE_integer('plan_classes', 1000, 'Classes of the data.', lower_bound=1)
+    flags.DEFINE_float(
+        'plan_tflops', plan.DEFAULT_TFLOPS, 'What a device sustains, TFLOP/s.'
+    )
     flags.mark_flag_as_required('config')
     app.run(command_line.main(run_flags, NonFiniteError))
