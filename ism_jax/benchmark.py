@@ -1,6 +1,10 @@
 """Times a config's train step and its parts, as ratios within one run.
 
     python -m ism_jax.benchmark --config configs/quickstart.py
+    python -m ism_jax.benchmark --networks
+
+The second times the frozen networks around it, with random weights: the autoencoder,
+and those that look at samples for a score.
 
 The candidates take turns, round by round, so that a machine whose speed drifts slows
 them all; what is printed are medians over the rounds, and the ratio to the first row
@@ -16,6 +20,7 @@ from typing import Any
 from absl import app
 from absl import flags
 import jax
+import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
@@ -23,12 +28,18 @@ from ism_jax import build
 from ism_jax import command_line
 from ism_jax import config as config_lib
 from ism_jax import files
+from ism_jax import flops
 from ism_jax import schedule
 from ism_jax import sharding
 from ism_jax import train
 from ism_jax import train_state
 from ism_jax.data import sources
+from ism_jax.models import dinov2
+from ism_jax.models import efficientnet_lite
+from ism_jax.models import inception
+from ism_jax.models import named_tensors
 from ism_jax.models import sit
+from ism_jax.models import vae
 
 
 def take_turns(
@@ -143,6 +154,65 @@ def measure(config, rounds: int) -> list[dict]:
     return records
 
 
+def measure_networks(
+    image_size: int, batch_size: int, dtype: str, rounds: int
+) -> list[dict]:
+    """Records of the frozen networks: `name`, `images_per_second`, `teraflops`.
+
+    With random weights, on one device.
+
+    Args:
+      image_size: side of the images.
+      batch_size: images at once.
+      dtype: of the autoencoder's computation; the others compute in float32.
+      rounds: how often each is timed.
+    """
+    autoencoder = vae.Autoencoder(vae.Config(), dtype=dtype)
+    shape = (batch_size, *autoencoder.latent_shape(image_size))
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
+    images = jnp.asarray(pixels / 127.5 - 1, jnp.float32)
+    latents = jnp.asarray(random.standard_normal(shape), jnp.float32)
+    weights = autoencoder.init(jax.random.key(0))
+    calls = {
+        'autoencoder, encode': (autoencoder.encode, weights, images),
+        'autoencoder, decode': (autoencoder.decode, weights, latents),
+    }
+    modules = {
+        'Inception': inception.Inception(),
+        'DINOv2 ViT-L/14': dinov2.Dinov2(dinov2.Config(1024, 24, 16)),
+        'EfficientNet-Lite0': efficientnet_lite.EfficientNetLite0(),
+    }
+    for name, module in modules.items():
+        params = named_tensors.abstract_params(module, pixels)
+        params = jax.tree.map(lambda a: jnp.full(a.shape, 1e-3, a.dtype), params)
+        apply = lambda p, x, module=module: module.apply({'params': p}, x)
+        calls[name] = (apply, params, jnp.asarray(pixels))
+    candidates = {
+        name: functools.partial(jax.jit(function), *args)
+        for name, (function, *args) in calls.items()
+    }
+    seconds = take_turns(candidates, rounds)
+    return [
+        {
+            'name': name,
+            'images_per_second': batch_size / float(np.median(seconds[name])),
+            'teraflops': flops.count(function, *args)
+            / float(np.median(seconds[name])) / 1e12,
+        }
+        for name, (function, *args) in calls.items()
+    ]  # fmt: skip
+
+
+def format_networks(records: list[dict]) -> str:
+    lines = [f'{"":24}{"images/s":>10}{"TFLOP/s":>10}']
+    for r in records:
+        lines.append(
+            f'{r["name"]:24}{r["images_per_second"]:10.3g}{r["teraflops"]:10.3g}'
+        )
+    return '\n'.join(lines)
+
+
 def format_records(records: list[dict]) -> str:
     lines = [f'{"":34}{"ms":>10}{"of a step":>12}{"+-":>8}']
     for r in records:
@@ -154,10 +224,19 @@ def format_records(records: list[dict]) -> str:
 
 def run_flags():
     """Does what the command line says."""
-    records = measure(FLAGS.config, FLAGS.rounds)
     device = jax.devices()[0].device_kind
-    print(f'{jax.device_count()} x {device}, medians of {FLAGS.rounds} rounds\n')
-    print(format_records(records))
+    if FLAGS.networks:
+        print(f'one {device}, medians of {FLAGS.rounds} rounds\n')
+        records = measure_networks(
+            FLAGS.image_size, FLAGS.batch_size, FLAGS.dtype, FLAGS.rounds
+        )
+        print(format_networks(records))
+    elif FLAGS.config is not None:
+        print(f'{jax.device_count()} x {device}, medians of {FLAGS.rounds} rounds\n')
+        records = measure(FLAGS.config, FLAGS.rounds)
+        print(format_records(records))
+    else:
+        raise ValueError('give --config, whose training is timed, or --networks')
     if FLAGS.out:
         text = json.dumps({'device': device, 'records': records}, indent=1)
         files.write_bytes(FLAGS.out, text.encode())
@@ -168,5 +247,10 @@ if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'Config file.', lock_config=True)
     flags.DEFINE_integer('rounds', 10, 'How often each candidate is timed.')
     flags.DEFINE_string('out', '', 'JSON file to write the records to.')
-    flags.mark_flag_as_required('config')
+    flags.DEFINE_bool('networks', False, 'Time the frozen networks instead.')
+    flags.DEFINE_integer('image_size', 256, 'Of --networks.', lower_bound=8)
+    flags.DEFINE_integer('batch_size', 8, 'Of --networks.', lower_bound=1)
+    flags.DEFINE_enum(
+        'dtype', 'float32', ('float32', 'bfloat16'), "Of the autoencoder's computation."
+    )
     app.run(command_line.main(run_flags))

@@ -59,7 +59,8 @@ def test_agrees_with_torch_fidelity(inception_file, torch_fidelity):
         assert value.std(axis=0).max() > 0.05  # The two images are told apart.
         assert ours[name].shape == value.shape and ours[name].dtype == np.float32
         error = np.abs(ours[name] - value).max() / np.abs(value).max()
-        assert error < 1e-5, f'{name}: {error:.1e}'
+        print(f'Inception, {name}: {error:.1e} of the largest')
+        assert error < 1e-5
 
 
 def test_features_are_what_they_say(params, apply):
