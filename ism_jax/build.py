@@ -129,6 +129,7 @@ def make_loader(config, source, *, batches: int) -> pipeline.PoolLoader:
         process_count=jax.process_count(),
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
+        retry_seconds=config.data.retry_seconds,
     )
 
 
@@ -143,11 +144,12 @@ def make_sampler(
       apply: the network.
       shape: (H, W, C) of what the network makes.
       batch_size: how many are made at once.
-      mesh: of the parameters; None for that of `checkpoint.load_run`, all devices.
+      mesh: of the parameters; None for that of `checkpoint.load_run`, all devices of
+        this process.
     """
     decode = None
     if config.data.autoencoder:
-        mesh = sharding.make_mesh() if mesh is None else mesh
+        mesh = sharding.local_mesh() if mesh is None else mesh
         decode = vae.make_decoder(
             config.data.autoencoder,
             mesh,

@@ -20,6 +20,7 @@ import numpy as np
 import tqdm
 
 from ism_jax import checkpoint
+from ism_jax import distributed
 from ism_jax import portable
 from ism_jax import provenance
 from ism_jax import schedule as schedules
@@ -122,6 +123,7 @@ def evaluate_cells(
     keep: Sequence[str] = (),
     process_index: int = 0,
     process_count: int = 1,
+    wait: bool = False,
     show: Callable[[str], Any] = print,
 ) -> list[dict] | None:
     """Samples and scores every pair of steps and guidance that is not done yet.
@@ -141,12 +143,14 @@ def evaluate_cells(
       out: folder.
       keep: of `KEEP`.
       process_index, process_count: makes the chunks `process_index`, `process_index +
-        process_count`, ...; the first process scores.
+        process_count`, ... of the first cell, and of each next cell those one before;
+        the first process scores.
+      wait: the first process waits for what the others make.
       show: is told in words what is done.
 
     Returns:
       The records of these cells, see `write_records`; None where chunks of other
-      processes are missing.
+      processes are missing, or where these wait for the first.
 
     Raises:
       ValueError: what cannot be measured, or a sample with NaN.
@@ -176,12 +180,14 @@ def evaluate_cells(
             key = feature_network.identity_key(about | cell)
             folder = Path(out) / f'steps_{number}_guidance_{w:g}_{key[:8]}'
             cells.append((folder, cell))
-    for folder, cell in cells:
+    for shift, (folder, cell) in enumerate(cells):
         if _is_done(folder, keep):
             continue
         parts = chunks.Chunks(folder, label, size, keep_images=bool(keep))
         parts.discard_unusable()
-        own = [i for i in parts.missing() if i % process_count == process_index]
+        # Shifted, so that those of few chunks have work too.
+        turn = (process_index - shift) % process_count
+        own = [i for i in parts.missing() if i % process_count == turn]
         description = f'steps {cell["steps"]}, w {cell["guidance"]:g}'
         bar = tqdm.tqdm(
             total=samples, initial=samples - sum(map(parts.samples, own)),
@@ -200,6 +206,8 @@ def evaluate_cells(
                     parts.make(number, sample, judges.look, progress=bar.update)
                 except ValueError as error:
                     raise ValueError(f'{description}: {error}') from error
+        if wait and not process_index:
+            distributed.wait_until(lambda parts=parts: not parts.missing())
         if process_index or parts.missing():
             waiting.append(folder.name)
             continue
@@ -209,11 +217,12 @@ def evaluate_cells(
         content |= {'scores': judges.scores(parts.outputs())} | _circumstances()
         scores.write_record(folder / RECORD, content)
         parts.remove()
-    if waiting:
+    if waiting and not wait:
         show(
             f'{len(waiting)} of {len(cells)} cells wait for other processes, or for '
             'the first to score them; when all have ended, run it again'
         )
+    if waiting:
         return None
     records = {record['cell']: record for record in write_records(out)}
     return [records[folder.name] for folder, _ in cells]

@@ -2,16 +2,19 @@
 
 A checkpoint has four items: `state` (all that a step changes, but the slow average),
 `infer` (the slow average, alone so that sampling reads nothing else), `data` (the
-position of the iterator) and `config`. Beside the checkpoints lies `run.json`: what
-is needed to sample without the data.
+position of the iterator) and `config`; and `checksums.json`. Beside the checkpoints
+lies `run.json`: what is needed to sample without the data.
 """
 
+from collections.abc import Callable
 import dataclasses
 import json
 import math
 import os
 from pathlib import Path
+import threading
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import ml_collections
@@ -19,6 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from ism_jax import build
+from ism_jax import checksums
 from ism_jax import config as config_lib
 from ism_jax import files
 from ism_jax import portable
@@ -27,16 +31,33 @@ from ism_jax.models import sit
 from ism_jax.train_state import TrainState
 
 
+# Saves in a row that may fail before the run stops.
+MAX_FAILED_SAVES = 3
+DAMAGED = 'damaged_checkpoints'
+
+
+class SaveError(RuntimeError):
+    """Checkpoints cannot be saved."""
+
+
 class Checkpointer:
     """Saves and restores the state of a run.
+
+    A save that fails (a full disk, a folder that cannot be written to) is told and
+    tried again at the next; the earlier checkpoints stay. When a checkpoint is whole,
+    the checksums of its files are written into it.
 
     Args:
       workdir: folder of the run.
       keep_last, keep_best: how many checkpoints are kept; the best have the lowest
         `score`.
+      show: is told in words what went wrong.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, keep_last: int, keep_best: int):
+    def __init__(
+        self, workdir: str | os.PathLike, *, keep_last: int, keep_best: int,
+        show: Callable[[str], Any] = print,
+    ):  # fmt: skip
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -46,44 +67,110 @@ class Checkpointer:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
-            _folder(workdir),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-            ),
+        self._folder = _folder(workdir)
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
         )
+        self._show = show
+        self._failures = 0
+        self._saving = None
+        self._manager = self._open()
+
+    def _open(self):
+        return ocp.CheckpointManager(self._folder, options=self._options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data_state: dict, config, score: float) -> None:
-        """Starts saving; the state may be donated as soon as this returns."""
+        """Starts saving; the state may be donated as soon as this returns.
+
+        Raises:
+          SaveError: it failed, `MAX_FAILED_SAVES` times in a row.
+        """
+        self._settle()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(dataclasses.replace(state, infer=None)),
-                infer=ocp.args.StandardSave(state.infer),
-                data=ocp.args.JsonSave(data_state),
-                config=ocp.args.JsonSave(json.loads(config_lib.to_json(config))),
-            ),
-            # Every comparison with NaN fails; it must not pass for the best.
-            metrics={'score': score if math.isfinite(score) else 1e30},
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(dataclasses.replace(state, infer=None)),
+                    infer=ocp.args.StandardSave(state.infer),
+                    data=ocp.args.JsonSave(data_state),
+                    config=ocp.args.JsonSave(json.loads(config_lib.to_json(config))),
+                ),
+                # Every comparison with NaN fails; it must not pass for the best.
+                metrics={'score': score if math.isfinite(score) else 1e30},
+            )
+        except Exception as error:  # Orbax's, TensorStore's, the system's.
+            self._failed(step, error)
+            return
+        self._saving = _Sealing(step, self._folder / str(step))
+
+    def _settle(self) -> None:
+        """Waits for what is being saved, and for its checksums."""
+        if self._saving is None:
+            return
+        sealing, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+            sealing.finish()
+            self._failures = 0
+        except Exception as error:  # See above.
+            sealing.abandon()
+            self._failed(sealing.step, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._failures += 1
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # What is left of the attempt goes, and with it what Orbax believes of it.
+        try:
+            self._manager.close()
+        except Exception:  # pylint: disable=broad-exception-caught
+            pass  # It tells of the same failure.
+        self._manager = self._open()
+        left = self._manager.all_steps()
+        self._show(
+            f'checkpoint {step} could not be saved ({reason}); '
+            + (f'those of {sorted(left)} stay' if left else 'there is none before')
+            + ', and the next save tries again'
         )
+        if self._failures >= MAX_FAILED_SAVES:
+            raise SaveError(
+                f'{self._failures} checkpoints in a row could not be saved, the last '
+                f'because of: {reason}; make room for them in {self._folder}, then the '
+                'same command goes on from the last that is whole'
+            ) from error
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
-        """The latest state, on the devices of `state`, and the data's position."""
+        """The latest state, on the devices of `state`, and the data's position.
 
+        A checkpoint without checksums (the run was killed before they were written)
+        that cannot be restored is set aside, and the one before is taken.
+        """
+        while True:
+            step = self.latest_step()
+            try:
+                return self._restore(step, state)
+            except Exception as error:  # Of many kinds, by what is damaged.
+                sealed = checksums.is_written(self._folder / str(step))
+                if sealed or len(self._manager.all_steps()) < 2:
+                    raise
+                self._manager.close()
+                _set_aside(self._folder / str(step), str(error), self._show)
+                self._manager = self._open()
+
+    def _restore(self, step, state):
         def like(tree):
             return ocp.args.StandardRestore(
                 jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
             )
 
         restored = self._manager.restore(
-            self.latest_step(),
+            step,
             args=ocp.args.Composite(
                 state=like(dataclasses.replace(state, infer=None)),
                 infer=like(state.infer),
@@ -95,10 +182,90 @@ class Checkpointer:
             restored['data'],
         )
 
-    def close(self) -> None:
-        """Waits for what is being saved; raises what went wrong meanwhile."""
-        self._manager.wait_until_finished()
+    def close(self, *, quiet: bool = False) -> None:
+        """Waits for what is being saved.
+
+        Args:
+          quiet: raises nothing: another error is on its way.
+
+        Raises:
+          SaveError: the last checkpoint could not be saved.
+        """
+        try:
+            self._settle()
+        except SaveError:
+            if not quiet:
+                raise
         self._manager.close()
+        if self._failures and not quiet:
+            raise SaveError(
+                f'the last checkpoint could not be saved in {self._folder}, see above; '
+                'make room, then the same command goes on from the one before'
+            )
+
+
+class _Sealing:
+    """Writes the checksums of a checkpoint as soon as it is whole, in a thread."""
+
+    def __init__(self, step: int, folder: Path):
+        self.step = step
+        self._folder = folder
+        self._given_up = threading.Event()
+        self._error = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        # One process sees all files.
+        if jax.process_index() == 0:
+            self._thread.start()
+
+    def _run(self):
+        # Checkpoints are written under another name and renamed when they are whole.
+        while not self._folder.is_dir():
+            if self._given_up.wait(0.05):
+                return
+        try:
+            checksums.write(self._folder)
+        except OSError as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Waits for it; the checkpoint is whole."""
+        if jax.process_index() == 0:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        """There will be no such checkpoint."""
+        self._given_up.set()
+
+
+def set_aside_damaged(workdir, show: Callable[[str], Any] = print) -> None:
+    """Moves checkpoints away whose files changed, from the latest to the first good.
+
+    They go to `damaged_checkpoints`; nothing is deleted. To be called before a
+    `Checkpointer` is made, by one process.
+    """
+    for step in reversed(saved_steps(workdir)):
+        folder = _folder(workdir) / str(step)
+        # Without checksums only restoring can tell.
+        if not checksums.is_written(folder):
+            return
+        problems = checksums.problems(folder)
+        if not problems:
+            return
+        _set_aside(folder, problems[0], show)
+
+
+def _set_aside(folder: Path, reason: str, show) -> None:
+    place = folder.parent.with_name(DAMAGED) / folder.name
+    number = 0
+    while place.exists():
+        number += 1
+        place = place.with_name(f'{folder.name}.{number}')
+    place.parent.mkdir(exist_ok=True)
+    folder.rename(place)
+    reason = reason.strip().splitlines()[0]
+    show(f'checkpoint {folder.name} is damaged ({reason}); it was moved to {place}')
 
 
 class Run(NamedTuple):
@@ -174,15 +341,9 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     config = config_lib.from_json(json.dumps(content['config']))
     model = build.make_model(config, len(content['class_names']))
     shape = tuple(content['image_shape'])
-    steps = saved_steps(workdir)
-    if not steps or (step is not None and step not in steps):
-        raise ValueError(
-            f'{workdir} has no checkpoint{"" if step is None else f" {step}"}; '
-            f'it has {steps or "none: train for at least checkpoint.every steps"}'
-        )
+    step = _undamaged_step(workdir, step)
     with ocp.CheckpointManager(_folder(workdir)) as manager:
-        step = steps[-1] if step is None else step
-        place = sharding.replicated(sharding.make_mesh())
+        place = sharding.replicated(sharding.local_mesh())
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             sit.abstract_params(model, shape),
@@ -194,6 +355,31 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     return Run(
         config, model, restored['infer'], step, tuple(content['class_names']), shape
     )
+
+
+def _undamaged_step(workdir, step: int | None) -> int:
+    """The step that was asked for, or the latest of which `infer` is as it was written.
+
+    Raises:
+      ValueError: there is none.
+    """
+    steps = saved_steps(workdir)
+    if not steps or (step is not None and step not in steps):
+        raise ValueError(
+            f'{workdir} has no checkpoint{"" if step is None else f" {step}"}; '
+            f'it has {steps or "none: train for at least checkpoint.every steps"}'
+        )
+    for candidate in reversed(steps) if step is None else [step]:
+        folder = _folder(workdir) / str(candidate)
+        if not checksums.is_written(folder):
+            return candidate
+        problems = checksums.problems(folder, 'infer')
+        if not problems:
+            return candidate
+        told = f'checkpoint {candidate} of {workdir} is damaged ({problems[0]})'
+        if step is None:
+            warnings.warn(f'{told}; trying the one before', stacklevel=3)
+    raise ValueError(f'{told}; it has {steps}: choose another one, or train again')
 
 
 def _load_portable(folder, step: int | None) -> Run:
@@ -209,7 +395,7 @@ def _load_portable(folder, step: int | None) -> Run:
             f'velocity ({network.origin}); it is a start for training, with '
             f'--config.train.init_from={folder}'
         )
-    place = sharding.replicated(sharding.make_mesh())
+    place = sharding.replicated(sharding.local_mesh())
     params = jax.device_put(portable.initialised(network), place)
     return Run(
         network.config, network.model(), params, network.step, network.class_names,

@@ -1,9 +1,19 @@
-"""How the commands end: a bad input is one line and code 2, not a traceback."""
+"""How the commands end: an expected error is one line, not a traceback.
+
+Exit codes: 0 when all is done, 2 for bad input, 1 for other expected errors, 75 when a
+signal asked to stop and everything is saved (the same command goes on), 130 when it was
+Ctrl-C.
+"""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 import sys
 
 from absl import logging
+import jax
+
+from ism_jax import distributed
+from ism_jax import preemption
 
 
 def main(run: Callable[[], None], *expected: type[Exception]):
@@ -11,7 +21,8 @@ def main(run: Callable[[], None], *expected: type[Exception]):
 
     Args:
       run: does the work; reads its flags itself.
-      *expected: kinds of error that are told in one line, besides ValueError.
+      *expected: kinds of error that are told in one line, besides ValueError and
+        `preemption.Preempted`.
     """
 
     def wrapped(argv: Sequence[str]) -> None:
@@ -20,8 +31,19 @@ def main(run: Callable[[], None], *expected: type[Exception]):
             if argv[1:]:
                 raise ValueError(f'{argv[1]!r} is no flag; --help lists the flags')
             run()
+        except preemption.Preempted as error:
+            print(error, file=sys.stderr)
+            distributed.leave(error.exit_code)
         except (ValueError, *expected) as error:
+            several = jax.distributed.is_initialized()
+            # JAX says ValueError too where it has lost another process.
+            if several and not distributed.is_told_by(error, Path(__file__).parent):
+                distributed.fail(error)
             print(f'error: {error}', file=sys.stderr)
-            sys.exit(2)
+            distributed.leave(2 if isinstance(error, ValueError) else 1)
+        except Exception as error:
+            if not jax.distributed.is_initialized():
+                raise
+            distributed.fail(error)
 
     return wrapped

@@ -50,6 +50,7 @@ def default() -> ml_collections.ConfigDict:
     c.data.latent_std = ()
     c.data.num_threads = 2
     c.data.prefetch = 2  # Pools made ahead of time.
+    c.data.retry_seconds = 60.0  # Of an image that the file system cannot read.
 
     c.model = ml_collections.ConfigDict(sit.preset('XL/2'))
     c.model.mlp_ratio = 4.0
@@ -104,6 +105,8 @@ def default() -> ml_collections.ConfigDict:
     c.train.batch_size = 256  # Global: over all devices and processes.
     c.train.accumulate = 1  # Parts of a batch whose gradients are averaged.
     c.train.max_skipped_in_row = 10  # Non-finite steps before the run stops.
+    # A step that takes longer is reported, with what each thread does; 0: never.
+    c.train.stuck_after_seconds = 1200.0
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # -1: all devices that `fsdp` leaves.
@@ -224,11 +227,13 @@ def _apply_argument(config, argument: str) -> None:
 RESUMABLE = (
     'train.steps',
     'train.max_skipped_in_row',
+    'train.stuck_after_seconds',
     'data.num_threads',
     'data.prefetch',
     'data.dir',
     'data.on_corrupt',
     'data.autoencoder',
+    'data.retry_seconds',
     'mesh',
     'log',
     'checkpoint',
@@ -394,6 +399,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         'optimizer.clip_norm',
         'log.grid_every',
         'checkpoint.keep_best',
+        'data.retry_seconds',
+        'train.stuck_after_seconds',
         'scores.checkpoint_samples',
     )
     _positive(

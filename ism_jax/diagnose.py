@@ -168,7 +168,7 @@ def load_averages(workdir, run: checkpoint.Run) -> dict[str, Any]:
             f'{workdir} holds one network without the other averages; give the '
             '--workdir of the run that it was exported from'
         )
-    place = sharding.replicated(sharding.make_mesh())
+    place = sharding.replicated(sharding.local_mesh())
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         sit.abstract_params(run.model, run.image_shape),

@@ -17,8 +17,9 @@ With `--metrics` (`ism_jax/metrics/measures.py` lists them), as in the literatur
 a package.
 Real images are an NPZ batch of ADM's, a folder, or a source such as `tfds:NAME`; their
 statistics are computed once and kept in `--cache_dir`. Samples are made on all devices
-of this process, in chunks that survive a kill: the same command goes on. Several
-processes share the work by `--process_index` and `--process_count`. Results are in
+of this process, in chunks that survive a kill: the same command goes on. Processes of
+a cluster share the work (`--distributed`), and so do processes that do not know each
+other, by `--process_index` and `--process_count`. Results are in
 `<workdir>/evaluation`, a `record.json` for each cell and all of them in `records.json`.
 
     python -m ism_jax.evaluate --images samples.npz --metrics fid --reference ...
@@ -42,6 +43,7 @@ from ism_jax import cells
 from ism_jax import checkpoint
 from ism_jax import command_line
 from ism_jax import config as config_lib
+from ism_jax import distributed
 from ism_jax import sample
 from ism_jax import schedule
 from ism_jax.data import sources
@@ -232,8 +234,7 @@ def run_cells(run, sampler: Sampler, steps, guidance):
     records = cells.evaluate_cells(
         run, sampler, judges, steps=steps, guidance=guidance,
         samples=FLAGS.samples or 50_000, labels=FLAGS.labels, seed=FLAGS.seed, out=out,
-        keep=sample.parse_list(FLAGS.keep), process_index=FLAGS.process_index,
-        process_count=FLAGS.process_count,
+        keep=sample.parse_list(FLAGS.keep), **distributed.share_by_flags(FLAGS),
     )  # fmt: skip
     if records is not None:
         print(f'\n{cells.table(records)}\n\nwrote {out}/records.json')
@@ -269,6 +270,12 @@ def run_flags():
     """Does what the command line says."""
     if bool(FLAGS.images) == bool(FLAGS.workdir):
         raise ValueError('give --workdir, a run, or --images, a folder or NPZ file')
+    distributed.start_by_flags(FLAGS)
+    if jax.process_count() > 1 and (FLAGS.images or not FLAGS.metrics):
+        raise ValueError(
+            'several processes share the samples of a --workdir for --metrics; the '
+            'rest is the work of one: start it by itself, with --distributed=off'
+        )
     if FLAGS.images:
         return run_images()
     run = checkpoint.load_run(FLAGS.workdir, FLAGS.step)
@@ -315,6 +322,6 @@ if __name__ == '__main__':
         'network_batch_size', 64, 'Images that a network sees at once.'
     )
     flags.DEFINE_string('cache_dir', '~/.cache/ism_jax', 'Of weights and references.')
-    flags.DEFINE_integer('process_index', 0, 'Which share of the samples to make.')
-    flags.DEFINE_integer('process_count', 1, 'How many processes share them.')
+    distributed.define_flags()
+    distributed.define_share_flags('samples')
     app.run(command_line.main(run_flags))

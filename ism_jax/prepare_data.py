@@ -11,8 +11,9 @@ the mean and the log-variance of the autoencoder's posterior are stored, so that
 training samples the posterior afresh each time. See `ism_jax.data.latents` for the
 files.
 
-Uses all devices of this process. In several processes (`--process_index`,
-`--process_count`, one folder that all of them see) each makes its share of the shards.
+Uses all devices of this process. Of several, in one folder that all of them see, each
+makes its share of the shards: the processes of a cluster (`--distributed`), or such
+that do not know each other (`--process_index`, `--process_count`).
 The same command again goes on where it was stopped: a shard that is finished is not
 made again. Images that cannot be read stop it, or are left out and listed in the
 manifest with `--on_corrupt=skip`.
@@ -36,6 +37,7 @@ import numpy as np
 import tqdm
 
 from ism_jax import command_line
+from ism_jax import distributed
 from ism_jax import files
 from ism_jax import sharding
 from ism_jax.data import latents
@@ -82,7 +84,7 @@ def make_encoder(encode: Callable, params, batch_size: int):
             f'--batch_size {batch_size} must be a multiple of the {len(devices)} '
             'devices'
         )
-    mesh = sharding.make_mesh(devices=devices)
+    mesh = sharding.local_mesh()
     split = NamedSharding(mesh, P(('data', 'fsdp')))
     params = jax.device_put(params, sharding.replicated(mesh))
 
@@ -113,6 +115,7 @@ def prepare(
     num_threads: int = 8,
     process_index: int = 0,
     process_count: int = 1,
+    wait: bool = False,
     show: Callable[[str], Any] = print,
 ) -> dict[str, Any] | None:
     """Writes the shards of this process that are not there yet.
@@ -130,6 +133,7 @@ def prepare(
       num_threads: that read images.
       process_index, process_count: makes the shards `process_index`, `process_index +
         process_count`, ...
+      wait: the first process waits for what the others make.
       show: is told in words what is done.
 
     Returns:
@@ -185,7 +189,12 @@ def prepare(
                     f'shard {index}: {images_done:,}/{total:,} images, {speed:.1f} '
                     f'images/s, {(total - images_done) / speed / 60:.1f} min left'
                 )
-    parts = [_read_part(out, i, shards) for i in range(shards)]
+    if wait and process_index:
+        return None
+    read = lambda: [_read_part(out, i, shards) for i in range(shards)]
+    if wait:
+        distributed.wait_until(lambda: None not in read())
+    parts = read()
     absent = sum(part is None for part in parts)
     if absent:
         show(f'{absent} of {shards} shards are left for other processes')
@@ -383,6 +392,7 @@ def run_flags():
             sys.exit(1)
         print('all is as it was written')
         return
+    distributed.start_by_flags(FLAGS)
     if not FLAGS.source or not FLAGS.autoencoder:
         raise ValueError(
             '--source and --autoencoder say what to prepare with what, such as '
@@ -407,8 +417,7 @@ def run_flags():
     manifest = prepare(
         source, encoder, FLAGS.out, about=about, shards=FLAGS.shards,
         batch_size=FLAGS.batch_size, dtype=FLAGS.dtype, on_corrupt=FLAGS.on_corrupt,
-        num_threads=FLAGS.num_threads, process_index=FLAGS.process_index,
-        process_count=FLAGS.process_count,
+        num_threads=FLAGS.num_threads, **distributed.share_by_flags(FLAGS),
     )  # fmt: skip
     if manifest:
         print(f'{manifest["count"]:,} latents {shape} in {FLAGS.out}')
@@ -432,7 +441,7 @@ if __name__ == '__main__':
         'on_corrupt', 'error', ('error', 'skip'), 'At images that cannot be read.'
     )
     flags.DEFINE_integer('num_threads', 8, 'Threads that read images.')
-    flags.DEFINE_integer('process_index', 0, 'Which share of the shards to make.')
-    flags.DEFINE_integer('process_count', 1, 'How many processes share them.')
+    distributed.define_flags()
+    distributed.define_share_flags('shards')
     flags.DEFINE_bool('verify', False, 'Only read every byte of --out again.')
     app.run(command_line.main(run_flags, sources.CorruptImageError))

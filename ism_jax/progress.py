@@ -36,6 +36,7 @@ class Progress:
         self._writes = jax.process_index() == 0
         self._pending = []
         self._timer = (time.time(), first_step)
+        self._lost = False
         self.loss = float('nan')
         if not self._writes:
             return
@@ -75,7 +76,8 @@ class Progress:
         self._timer = (time.time(), step)
         if not self._writes:
             return
-        self._writer.write_scalars(step, means | extra | {'images_per_second': speed})
+        scalars = means | extra | {'images_per_second': speed}
+        self._record(self._writer.write_scalars, step, scalars)
         shown = f'loss {self.loss:.4f}'
         if means['skipped']:
             shown += f', {means["skipped"]:.0f} skipped'
@@ -107,14 +109,24 @@ class Progress:
             scale=pictures.readable_scale(images.shape[1]),
         )
         path = self._workdir / 'grids' / f'{name}_{step:08d}.png'
-        pictures.write_png(path, picture, {'step': str(step)})
-        self._writer.write_images(step, {name: picture[None]})
+        self._record(pictures.write_png, path, picture, {'step': str(step)})
+        self._record(self._writer.write_images, step, {name: picture[None]})
 
     def close(self) -> None:
         if self._writes:
             self._bar.close()
-            self._writer.flush()
-            self._writer.close()
+            self._record(self._writer.flush)
+            self._record(self._writer.close)
+
+    def _record(self, write, *arguments) -> None:
+        """Writes for people to look at; no training is lost because that fails."""
+        try:
+            write(*arguments)
+        except Exception as error:  # TensorFlow's kinds, and the system's.
+            if not self._lost:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.show(f'records and pictures are being lost: {reason}')
+            self._lost = True
 
 
 def summary(config, model, params, mesh, source, workdir) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
 import numpy as np
 
+from ism_jax import distributed
 from ism_jax import interpolant
 from ism_jax import schedule as schedules
 from ism_jax.objectives import BaseObjective
@@ -27,7 +28,8 @@ class Sampler:
     batch size, and the same number shows the same noise at every step count. (Noise
     that a sampler adds between steps does depend on the batch size.)
 
-    A batch is divided among the devices of the parameters' mesh.
+    A batch is divided among the devices of the parameters' mesh. Where that spans
+    several processes, all of them must take the batches, and all get whole ones.
 
     Args:
       objective: what the network was trained with.
@@ -103,6 +105,8 @@ class Sampler:
             )
             if self._decode is not None:
                 images = self._decode(images)
+            if not images.is_fully_addressable:
+                images = distributed.to_host(images)
             yield images[: len(label)], label
 
     def _batch_split(self, params):

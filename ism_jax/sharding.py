@@ -37,7 +37,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
             f'{len(devices)}; set mesh.data = -1 to take what is left'
         )
     auto = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, fsdp), ('data', 'fsdp'), auto, devices=devices)
+    mesh = jax.make_mesh((data, fsdp), ('data', 'fsdp'), auto, devices=devices)
+    if _is_in_process_order(mesh.devices):
+        return mesh
+    # JAX orders them by how they are wired. Rows of a batch belong to processes, which
+    # is worth more: collectives know the wires anyway.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    devices = np.array(devices).reshape(data, fsdp)
+    return jax.sharding.Mesh(devices, ('data', 'fsdp'), auto)
+
+
+def local_mesh() -> jax.sharding.Mesh:
+    """All devices of this process, for work that it does by itself."""
+    return make_mesh(devices=jax.local_devices())
+
+
+def _is_in_process_order(devices: np.ndarray) -> bool:
+    """Whether the rows of a batch lie in the order of the processes."""
+    processes = [device.process_index for device in devices.flat]
+    return processes == sorted(processes)
 
 
 def leaf_spec(shape: tuple[int, ...], fsdp: int) -> P:
@@ -60,6 +78,15 @@ def tree_shardings(tree, mesh):
 
 def replicated(mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def replicate(tree, mesh):
+    """Puts what all processes have alike on all devices of the mesh."""
+    return jax.jit(_same, out_shardings=replicated(mesh))(tree)
+
+
+def _same(tree):
+    return tree
 
 
 def shard_pool(array: np.ndarray, mesh) -> jax.Array:

@@ -15,32 +15,46 @@ the method of a config and shrinks the rest to a minute on a CPU.
 operations, hours. It opens no data and needs no such devices.
 """
 
+import contextlib
 import functools
+import io
 import os
 from pathlib import Path
+import secrets
+import sys
 
 from absl import app
 from absl import flags
 from absl import logging
 import jax
-import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 import numpy as np
+import tqdm
 
 from ism_jax import build
 from ism_jax import checkpoint
 from ism_jax import command_line
 from ism_jax import config as config_lib
+from ism_jax import distributed
+from ism_jax import files
+from ism_jax import lock
 from ism_jax import plan
 from ism_jax import portable
+from ism_jax import preemption
 from ism_jax import progress
 from ism_jax import schedule
 from ism_jax import sharding
 from ism_jax import train_state
 from ism_jax import train_step
+from ism_jax import watchdog
 from ism_jax.data import sources
 from ism_jax.evaluate import SampleScorer, evaluate
 from ism_jax.models import sit
+
+
+# Batches of skipped steps that are kept at most, beside the one that ends a run.
+KEPT_BATCHES = 5
 
 
 class NonFiniteError(RuntimeError):
@@ -54,12 +68,27 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
     `scores.json`.
 
     Raises:
-      ValueError: a config, data or a resumed run that could not work.
+      ValueError: a config, data or a resumed run that could not work, or a workdir that
+        another run uses.
       NonFiniteError: `train.max_skipped_in_row` steps in a row were not finite.
+      preemption.Preempted: a signal asked to stop; the last step is saved.
+      checkpoint.SaveError: the last checkpoint, or several in a row, cannot be saved.
     """
     workdir = Path(workdir)
     config_lib.validate(config)
-    allowed_changes = check_resumable(config, workdir)
+    with contextlib.ExitStack() as held:
+        distributed.first(lambda: held.enter_context(lock.Lock(workdir)) and None)
+        check_shared(workdir)
+        requests = held.enter_context(preemption.Requests())
+        return _train(config, workdir, requests)
+
+
+def _train(config, workdir: Path, requests: preemption.Requests):
+    """`train`, in a folder that is nobody else's."""
+    allowed_changes = distributed.first(lambda: check_resumable(config, workdir))
+    distributed.first(
+        lambda: checkpoint.set_aside_damaged(workdir, show=tqdm.tqdm.write)
+    )
 
     source = sources.make_source(
         config.data.source, **config_lib.source_options(config)
@@ -75,8 +104,8 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
         portable.check_start(start, model, source.image_shape, config.train.init_from)
     batches = build.pool_batches(config)
     loader = build.make_loader(config, source, batches=batches)
-    seed_key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
-    init_key = train_step.stream(seed_key, train_step.INIT, 0)
+    seed_key = sharding.replicate(jax.random.key(config.seed), mesh)
+    init_key = train_step.stream(jax.random.key(config.seed), train_step.INIT, 0)
     state, shardings = train_state.create(
         lambda: sit.init_params(model, source.image_shape, init_key),
         build.make_optimizer(config),
@@ -86,18 +115,19 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
     if start is not None:
         state = train_state.start_from(state, start.params, shardings)
 
-    workdir.mkdir(parents=True, exist_ok=True)
     checkpointer = checkpoint.Checkpointer(
         workdir,
         keep_last=config.checkpoint.keep_last,
         keep_best=config.checkpoint.keep_best,
+        show=tqdm.tqdm.write if jax.process_index() == 0 else lambda text: None,
     )
     if checkpointer.latest_step() is not None:
         state, data_state = checkpointer.restore(state)
         loader.set_state(data_state)
     first_step = int(state.step)
     loader.seek(first_step // batches)
-    checkpoint.write_run(workdir, config, source)
+    if jax.process_index() == 0:
+        checkpoint.write_run(workdir, config, source)
 
     report = progress.Progress(workdir, config, first_step=first_step)
     report.show(progress.summary(config, model, state.params, mesh, source, workdir))
@@ -127,9 +157,11 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
             source, sampler, cache_dir=workdir, seed=config.seed, show=report.show
         )
 
-    def save(state):
+    def save(state, *, hurry=False):
         score = report.loss
-        if scorer and config.scores.checkpoint_samples:
+        if scorer and config.scores.checkpoint_samples and hurry:
+            score = float('inf')  # Not compared with others.
+        elif scorer and config.scores.checkpoint_samples:
             quick = scorer(
                 state.infer, steps=4, guidance=0.0,
                 samples=config.scores.checkpoint_samples,
@@ -142,8 +174,10 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
 
     pool, previous, extra = None, None, {}
     named = set()  # Corrupt images that have been reported.
+    stuck = watchdog.Watchdog(config.train.stuck_after_seconds)
     try:
         for step in range(first_step, config.train.steps):
+            stuck.step()
             if pool is None or step % batches == 0:
                 pool, extra = next_pool(loader, couple, mesh, seed_key)
             state, metrics = step_fn(state, pool, seed_key)
@@ -154,11 +188,21 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
             previous = step, metrics, pool
             done = step + 1
             if done % config.log.every == 0 or done == config.train.steps:
-                skipped = {'data/skipped_images': float(loader.skipped)}
-                report.log(done, extra | skipped)
+                counts = {
+                    'data/skipped_images': float(loader.skipped),
+                    'data/retries': float(loader.retries),
+                }
+                report.log(done, extra | counts)
                 for name in source.skipped.reasons.keys() - named:
                     named.add(name)
                     report.show(f'skipped: {source.skipped.reasons[name]}')
+            if requests.stop_after(done):
+                stuck.stop()
+                report.log(done, extra)
+                report.show(f'asked to stop: saving step {done}')
+                save(state, hurry=True)
+                checkpointer.close()
+                raise requests.error(f'step {done} is saved')
             report.pause()
             if config.log.grid_every and done % config.log.grid_every == 0:
                 draw_grids(report, sampler, state, config, num_classes)
@@ -166,9 +210,11 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
                 report.log(done, extra)
                 save(state)
             report.resume()
+        stuck.stop()
         if previous is not None:
             stop_if_not_finite(*previous, config=config, workdir=workdir)
         checkpointer.close()
+        requests.nothing_to_save()
         if scorer:
             report.show('scoring samples')
             evaluate(
@@ -182,9 +228,12 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
                 show=report.show,
             )
     finally:
+        stuck.stop()
         loader.close()
         report.close()
-        checkpointer.close()
+        # With a process lost, what is being saved could be waited for for ever.
+        if sys.exception() is None or jax.process_count() == 1:
+            checkpointer.close(quiet=sys.exception() is not None)
     return state
 
 
@@ -193,9 +242,9 @@ def next_pool(loader, couple, mesh, seed_key) -> tuple[train_step.Pool, dict]:
     host = next(loader)
     images = sharding.shard_pool(host.images, mesh)
     labels = sharding.shard_pool(host.labels, mesh)
-    number = jax.device_put(jnp.int32(host.number), sharding.replicated(mesh))
+    number = sharding.replicate(np.int32(host.number), mesh)
     size = labels.size
-    index, report = jnp.arange(size, dtype=jnp.int32), {}
+    index, report = np.arange(size, dtype=np.int32), {}
     if couple is not None:
         index, report = couple(
             images.reshape(size, *images.shape[2:]),
@@ -218,31 +267,70 @@ def loader_state(loader, state, batches: int) -> dict:
 
 
 def stop_if_not_finite(step: int, metrics, pool, *, config, workdir) -> None:
-    """Stops a run of which step after step was skipped, keeping its last batch."""
+    """Keeps the batch of a step that was skipped; stops when step after step was."""
     in_row = int(metrics['skipped_in_row'])
     if not in_row:
         return
     logging.warning('step %d was not finite and is skipped (%d in a row)', step, in_row)
-    if in_row < config.train.max_skipped_in_row:
-        return
+    last = in_row >= config.train.max_skipped_in_row
     path = Path(workdir) / f'non_finite_step_{step:08d}.npz'
-    turn = step % pool.labels.shape[0]
-    np.savez(
-        path,
-        images=np.asarray(pool.images[turn]),
-        labels=np.asarray(pool.labels[turn]),
-        noise_index=np.asarray(pool.noise_index[turn]),
-        pool=int(pool.number),
-        step=step,
-        loss=float(metrics['loss']),
-        gradient_norm=float(metrics['norm/gradient']),
-    )
+    kept = lambda: len(list(path.parent.glob('non_finite_*')))
+    if last or (in_row == 1 and distributed.first(kept) < KEPT_BATCHES):
+        keep_batch(path, step, metrics, pool)
+    if not last:
+        return
     raise NonFiniteError(
         f'loss or gradient was not finite in {in_row} steps in a row, up to step '
         f'{step} (train.max_skipped_in_row = {config.train.max_skipped_in_row}); '
         f'the batch is in {path}. Lower optimizer.learning_rate, set '
         'optimizer.clip_norm = 1, or look at the batch; the last checkpoint stays'
     )
+
+
+def check_shared(workdir: Path) -> None:
+    """Sees that all processes have the same folder.
+
+    Raises:
+      ValueError: this one does not see what the first wrote.
+    """
+    name = f'.shared_{secrets.token_hex(8)}'
+    name = distributed.first(lambda: name)
+    distributed.first(lambda: (workdir / name).touch())
+    seen = (workdir / name).exists()
+    seen = multihost_utils.process_allgather(np.bool_(seen))
+    distributed.first(lambda: (workdir / name).unlink())
+    if not np.all(seen):
+        raise ValueError(
+            f'processes {np.flatnonzero(~np.ravel(seen)).tolist()} do not see '
+            f'{workdir} as the first does; give a --workdir on a file system that all '
+            'of them share'
+        )
+
+
+def keep_batch(path: Path, step: int, metrics, pool) -> None:
+    """Writes the batch of a step, to be looked at; a full disk is no reason to stop."""
+    turn = step % pool.labels.shape[0]
+    arrays = {
+        name: distributed.to_host(getattr(pool, name)[turn])
+        for name in ('images', 'labels', 'noise_index')
+    }
+    if jax.process_index():
+        return
+    out = io.BytesIO()
+    np.savez(
+        out,
+        **arrays,
+        pool=int(pool.number),
+        step=step,
+        loss=float(metrics['loss']),
+        gradient_norm=float(metrics['norm/gradient']),
+    )
+    try:
+        files.write_bytes(path, out.getvalue())
+    except OSError as error:
+        logging.warning(
+            'the batch of step %d cannot be kept in %s: %s', step, path, error
+        )
 
 
 def draw_grids(report, sampler, state, config, num_classes: int) -> None:
@@ -302,6 +390,7 @@ def run_flags():
     if not workdir:
         name = config_flags.get_config_filename(FLAGS['config']).split(':')[0]
         workdir = Path('runs') / Path(name).stem
+    distributed.start_by_flags(FLAGS)
     train(FLAGS.config, workdir)
 
 
@@ -317,5 +406,6 @@ if __name__ == '__main__':
     flags.DEFINE_float(
         'plan_tflops', plan.DEFAULT_TFLOPS, 'What a device sustains, TFLOP/s.'
     )
+    distributed.define_flags()
     flags.mark_flag_as_required('config')
-    app.run(command_line.main(run_flags, NonFiniteError))
+    app.run(command_line.main(run_flags, NonFiniteError, checkpoint.SaveError))

@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: creates or reuses .venv and installs what
 # requirements.txt lists. PYTHON=python3.12 chooses the interpreter of a new .venv.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 if [ ! -x .venv/bin/python ]; then
   python="${PYTHON:-}"

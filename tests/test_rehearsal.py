@@ -66,11 +66,18 @@ def parts(tmp_path_factory):
     return folder
 
 
-def _run(module, *arguments):
+def _run(module, *arguments, processes_logs=None):
+    """Runs a command; by two processes, where there is a folder for their logs."""
     # One device, as on a user's machine.
-    environment = os.environ | {'XLA_FLAGS': ''}
+    environment = os.environ | {
+        'XLA_FLAGS': '', 'PYTHON': sys.executable, 'LOGS': str(processes_logs)
+    }  # fmt: skip
+    command = [sys.executable, '-m', f'ism_jax.{module}']
+    if processes_logs:
+        script = ROOT / 'launch' / 'local_processes.sh'
+        command = ['bash', str(script), '2', f'ism_jax.{module}']
     done = subprocess.run(
-        [sys.executable, '-m', f'ism_jax.{module}', *map(str, arguments)],
+        [*command, *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT, env=environment, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -83,7 +90,7 @@ def test_from_photographs_to_scores(parts, inception_tensors):
         '--image_size=64', f'--autoencoder={parts / "autoencoder"}',
         f'--out={parts / "latents"}', '--shards=4', '--batch_size=16',
     )  # fmt: skip
-    assert '160 latents (8, 8, 4)' in _run(*prepare)
+    assert '160 latents (8, 8, 4)' in _run(*prepare, processes_logs=parts)
     assert 'all is as it was written' in _run(
         'prepare_data', f'--out={parts / "latents"}', '--verify'
     )
@@ -139,8 +146,10 @@ def test_from_photographs_to_scores(parts, inception_tensors):
 
     exported = parts / 'exported'
     _run('convert', 'export', f'--workdir={parts / "run"}', f'--out={exported}')
-    _run('evaluate', f'--workdir={exported}', *judged)
-    again = _only_record(exported / 'evaluation')
+    # The first cell is made by one process, the second by the other.
+    evaluate = ('evaluate', f'--workdir={exported}', *judged, '--steps=1,2')
+    _run(*evaluate, processes_logs=parts)
+    _, again = json.loads((exported / 'evaluation' / 'records.json').read_text())
     assert again['params_sha256'] == record['params_sha256']
     assert again['scores'] == record['scores']
 

@@ -164,12 +164,15 @@ def test_what_is_kept_has_the_lowest_score(tmp_path):
     assert checkpoint.saved_steps(tmp_path / 'scored') == [2, 4]
 
 
-def test_non_finite_steps_stop_the_run_and_keep_the_batch(tmp_path):
+def test_non_finite_steps_stop_the_run_and_keep_batches(tmp_path):
     config = _config(**{'optimizer.learning_rate': 1e30, 'train.max_skipped_in_row': 3})
     with pytest.raises(train.NonFiniteError, match='3 steps in a row.*learning_rate'):
         train.train(config, tmp_path)
-    (saved,) = tmp_path.glob('non_finite_step_*.npz')
-    with np.load(saved) as batch:
+    # The first of those in a row, and the last.
+    first, last = sorted(tmp_path.glob('non_finite_step_*.npz'))
+    assert first.stem.endswith('_00000001') and last.stem.endswith('_00000003')
+    with np.load(last) as batch:
+        assert batch['step'] == 3
         assert batch['images'].shape == (32, 32, 32, 1)
         assert not np.isfinite(batch['loss'] + batch['gradient_norm'])
 

@@ -7,8 +7,10 @@ So a run can be taken up at any step, by any number of processes.
 """
 
 import functools
+import time
 from typing import Any, NamedTuple
 
+from absl import logging
 import grain
 import numpy as np
 
@@ -19,6 +21,8 @@ from ism_jax.data import sources
 _FLIPS, _POSTERIORS, _CHUNKS, _WITHIN_POOLS = (2**64 - n for n in range(1, 5))
 # Grain needs an end; no run gets here.
 _LAST_BATCH = 2**40
+# Between tries of an image that cannot be read, seconds; doubled each time.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 
 
 class HostPool(NamedTuple):
@@ -56,6 +60,8 @@ class PoolLoader:
         `process_index`-th of `process_count` equal parts of consecutive rows.
       num_threads: threads that read; each reads one batch at a time.
       prefetch: pools that are read ahead. They wait as uint8.
+      retry_seconds: for so long an image is tried again that the system cannot read
+        (an `OSError`); each time counts in `retries`.
 
     Raises:
       ValueError: an empty source, sizes that do not divide or are out of range.
@@ -74,6 +80,7 @@ class PoolLoader:
         process_count: int = 1,
         num_threads: int = 2,
         prefetch: int = 2,
+        retry_seconds: float = 0.0,
     ):
         for name, value in (
             ('transport.batches', batches),
@@ -112,6 +119,8 @@ class PoolLoader:
                 'or set it to 0'
             )
         self.source = source
+        self.retries = 0
+        self._retry_seconds = retry_seconds
         self._batches = batches
         self._batch_size = batch_size
         self._first_row = process_index * batch_size // process_count
@@ -246,7 +255,7 @@ class PoolLoader:
         if self._flip:
             flipped = _coins(self._seed, start, self._rows)
         for row, index in enumerate(self._indices(start).tolist()):
-            record = self.source[index]
+            record = self._record(index)
             if self._latents:
                 images[row] = self.source.draw(
                     record, flip=flipped[row], random=self._random(start + row)
@@ -258,6 +267,26 @@ class PoolLoader:
         if not self._latents:
             images[flipped] = images[flipped, :, ::-1]
         return images, labels
+
+    def _record(self, index: int):
+        """An image of the source; for a file system that fails a while, it waits."""
+        started, pause = time.monotonic(), FIRST_PAUSE
+        while True:
+            try:
+                return self.source[index]
+            except OSError as error:
+                # Without a number it is not the system's: a file that is no image.
+                late = time.monotonic() - started + pause > self._retry_seconds
+                if error.errno is None or late or self._closed:
+                    raise
+                self.retries += 1
+                logging.warning(
+                    'image %d of %r cannot be read (%s); trying again in %.1f s, for '
+                    'data.retry_seconds = %g in all',
+                    index, self.source, error, pause, self._retry_seconds,
+                )  # fmt: skip
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
 
     def _random(self, position: int) -> np.random.Generator:
         """Of the posterior of the example at a position of the stream."""

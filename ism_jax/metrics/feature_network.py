@@ -65,7 +65,7 @@ class FeatureNetwork:
         self.checksum = checksum
         self.preprocessing = preprocessing
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
-        mesh = sharding.make_mesh(devices=devices)
+        mesh = sharding.local_mesh()
         self._split = NamedSharding(mesh, P('data'))
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._apply = jax.jit(lambda p, images: module.apply({'params': p}, images))

