@@ -309,8 +309,8 @@ def make_objective(config, num_classes: int) -> objectives.BaseObjective:
     allowed = objectives.options(config.objective.name)
     if given.keys() != allowed.keys():
         raise ValueError(
-            f'config.objective has the fields {sorted(given)}, but the method '
-            f'{config.objective.name!r} has {sorted(allowed)}; start from '
+            f'objective.name = {config.objective.name!r} has the options '
+            f'{sorted(allowed)}, but config.objective has {sorted(given)}; start from '
             f'config.objective = objective_defaults({config.objective.name!r})'
         )
     return cls(num_classes=num_classes, **given)
@@ -364,6 +364,12 @@ def parse_weighting(text) -> str | list[float]:
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, naming the field, where the config could not work."""
     c = config
+    for name, value in flatten(c).items():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, int) and abs(part) >= 2**31:
+                raise ValueError(f'{name} = {value} must be less than 2**31')
+            if isinstance(part, float) and math.isnan(part):
+                raise ValueError(f'{name} = {value} must be a number')
     _at_least(
         c,
         1,
@@ -427,6 +433,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         c.model.hidden_size,
         c.model.num_heads,
     )
+    if c.model.mlp_ratio * c.model.hidden_size < 1:
+        raise ValueError(
+            f'model.mlp_ratio = {c.model.mlp_ratio} of model.hidden_size = '
+            f'{c.model.hidden_size} leaves nothing; 4.0 is usual'
+        )
     if c.mesh.data < 1 and c.mesh.data != -1:
         raise ValueError(
             f'mesh.data = {c.mesh.data} must be at least 1, or -1 for all devices left'

@@ -70,16 +70,10 @@ def make_plan(config, devices: int, num_classes: int) -> Plan:
     mesh = jax.sharding.AbstractMesh(
         (data, fsdp), ('data', 'fsdp'), (AxisType.Auto, AxisType.Auto)
     )
-    shape = (config.data.image_size, config.data.image_size, config.data.channels)
-    params = sit.abstract_params(build.make_model(config, num_classes), shape)
-    trees = {
-        'parameters': params,
-        'optimizer': jax.eval_shape(build.make_optimizer(config).init, params),
-        'target average': params if config.ema.twin else {},
-        'slow average': params,
-        'gradient': params,
-    }
-    sizes = {name: state_bytes(tree, mesh) for name, tree in trees.items()}
+    shape = _image_shape(config)
+    trees = _trees(config, num_classes)
+    params = trees['parameters']
+    sizes = {name: tree_bytes(tree, mesh) for name, tree in trees.items()}
     batch = config.train.batch_size // config.train.accumulate
     kept = activation_bytes(config, num_classes, shape, params)
     sizes['kept for the backward pass'] = math.ceil(kept * batch / devices)
@@ -94,7 +88,29 @@ def make_plan(config, devices: int, num_classes: int) -> Plan:
     )
 
 
-def state_bytes(tree, mesh) -> int:
+def state_bytes(config, mesh, num_classes: int) -> int:
+    """Bytes of the trees that training keeps, and of a gradient, on each device."""
+    trees = _trees(config, num_classes)
+    return sum(tree_bytes(tree, mesh) for tree in trees.values())
+
+
+def _trees(config, num_classes: int) -> dict:
+    model = build.make_model(config, num_classes)
+    params = sit.abstract_params(model, _image_shape(config))
+    return {
+        'parameters': params,
+        'optimizer': jax.eval_shape(build.make_optimizer(config).init, params),
+        'target average': params if config.ema.twin else {},
+        'slow average': params,
+        'gradient': params,
+    }
+
+
+def _image_shape(config) -> tuple[int, int, int]:
+    return (config.data.image_size, config.data.image_size, config.data.channels)
+
+
+def tree_bytes(tree, mesh) -> int:
     """Bytes of a tree on each device of a mesh."""
     shardings = sharding.tree_shardings(tree, mesh)
     total = 0

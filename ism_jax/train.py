@@ -96,6 +96,7 @@ def _train(config, workdir: Path, requests: preemption.Requests):
     num_classes = len(source.class_names)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check_devices(config, mesh)
+    check_memory(config, mesh, num_classes)
     model = build.make_model(config, num_classes)
     objective = config_lib.make_objective(config, num_classes)
     start = None
@@ -379,6 +380,38 @@ def check_devices(config, mesh) -> None:
         )
 
 
+def check_memory(config, mesh, num_classes: int) -> None:
+    """Refuses what cannot fit, whatever XLA does: the state alone is too large.
+
+    Raises:
+      ValueError: a device, or on CPU the machine, has less memory.
+    """
+    device = mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get('bytes_limit')
+    place, devices = 'each device has', 1
+    if limit is None and device.platform == 'cpu':
+        limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        place, devices = 'the machine has', len(mesh.local_devices)
+    needed = plan.state_bytes(config, mesh, num_classes) * devices
+    if limit and needed > limit:
+        raise ValueError(
+            f'parameters, optimizer and averages need {needed / 2**30:.1f} GiB, but '
+            f'{place} {limit / 2**30:.1f}: make model.hidden_size, model.depth or '
+            'model.mlp_ratio smaller, or divide them over more devices with mesh.fsdp'
+        )
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk, so that a run that goes on starts at once.
+
+    On accelerators, and where the user's environment says nothing else. Programs for a
+    CPU are for one kind of CPU, while home folders are often shared.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != 'cpu':
+        folder = Path('~/.cache/ism_jax/compiled').expanduser()
+        jax.config.update('jax_compilation_cache_dir', str(folder))
+
+
 def run_flags():
     """Does what the command line says."""
     if FLAGS.plan:
@@ -391,6 +424,7 @@ def run_flags():
         name = config_flags.get_config_filename(FLAGS['config']).split(':')[0]
         workdir = Path('runs') / Path(name).stem
     distributed.start_by_flags(FLAGS)
+    keep_compiled()
     train(FLAGS.config, workdir)
 
 

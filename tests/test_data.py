@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -543,6 +544,33 @@ def test_folder_formats_subfolders_and_hidden_files(folder):
     assert (source[8]['image'] == 77).all() and source[8]['label'] == 1
 
 
+def test_links_and_pipes_in_a_folder(folder, tmp_path):
+    """Of files that are none, an image is waited for for ever; of loops, none ends."""
+    os.mkfifo(folder / 'cats' / '9.png')
+    (tmp_path / 'elsewhere').mkdir()
+    (folder / 'cats' / '0.png').rename(tmp_path / 'elsewhere' / '0.png')
+    (folder / 'cats' / 'linked').symlink_to(tmp_path / 'elsewhere')
+    assert len(_folder(folder)) == 6
+    (folder / 'cats' / 'loop').symlink_to(folder / 'cats')
+    with pytest.raises(ValueError, match='loop is a link to .*cats, which it lies in'):
+        _folder(folder)
+
+
+def test_extreme_sides(folder):
+    Image.new('L', (1, 20_000), 200).save(folder / 'cats' / '0.png')
+    image = _folder(folder)[0]['image']
+    assert image.shape == (16, 16, 3) and (image == 200).all()
+
+
+def test_names_do_not_command_the_terminal(folder, capsys):
+    hostile = folder / 'cats' / '\x1b[2J\r.png'
+    hostile.write_bytes(b'')
+    source = _folder(folder, on_corrupt='skip')
+    source[0]
+    (reason,) = source.skipped.reasons.values()
+    assert '\x1b' not in reason and '\\x1b[2J\\r.png cannot be read' in reason
+
+
 def test_folder_is_known_by_its_files_and_sizes(folder):
     before = repr(_folder(folder))
     assert before == repr(_folder(folder, on_corrupt='skip'))
@@ -599,7 +627,25 @@ def test_center_crop_keeps_the_middle_of_the_longer_side():
         assert (crop[:, size // 4 : -size // 4] == 200).all()
 
 
-@pytest.fixture(params=['png', 'jpeg', 'garbage', 'empty'])
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = struct.pack('>I', zlib.crc32(kind + content))
+    return struct.pack('>I', len(content)) + kind + content + checksum
+
+
+def _bomb() -> bytes:
+    """A PNG file of a few bytes that says it is 60,000 pixels wide and high."""
+    header = struct.pack('>IIBBBBB', 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = _chunk(b'IHDR', header) + _chunk(b'IDAT', zlib.compress(bytes(1000)))
+    return b'\x89PNG\r\n\x1a\n' + chunks + _chunk(b'IEND', b'')
+
+
+def _text_bomb(whole: bytes) -> bytes:
+    """A PNG file with a comment of 200 MB, compressed."""
+    text = b'Comment\0\0' + zlib.compress(bytes(200 * 2**20), 9)
+    return whole[:33] + _chunk(b'zTXt', text) + whole[33:]
+
+
+@pytest.fixture(params=['png', 'jpeg', 'garbage', 'empty', 'bomb', 'text bomb'])
 def corrupt(request, folder):
     path = folder / 'cats' / '1.png'
     if request.param == 'jpeg':
@@ -609,7 +655,10 @@ def corrupt(request, folder):
         Image.fromarray(noise).save(path, quality=95)
     content = path.read_bytes()
     half = content[: len(content) // 2]
-    path.write_bytes({'garbage': b'garbage', 'empty': b''}.get(request.param, half))
+    hostile = {'bomb': _bomb(), 'garbage': b'garbage', 'empty': b''}
+    if request.param == 'text bomb':
+        hostile[request.param] = _text_bomb(content)
+    path.write_bytes(hostile.get(request.param, half))
     return folder, path
 
 

@@ -124,7 +124,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     steps = checkpoint.saved_steps(tmp_path / 'run')
     assert len(steps) == 1 and f'step {steps[0]} is saved' in rest
     assert not checksums.problems(tmp_path / 'run' / 'checkpoints' / str(steps[0]))
-    if steps[0] < 12:
+    if steps[0] < 12 and kind == signal.SIGTERM:
         assert child(_config(), tmp_path / 'run').wait(200) == 0
         run = checkpoint.load_run(tmp_path / 'run')
         assert run.step == straight_child.step

@@ -289,3 +289,20 @@ def test_skipped_images_are_counted_and_named(tmp_path, capsys):
     train.train(_config(**changes | {'data.on_corrupt': 'skip'}), tmp_path / 'run')
     shown = capsys.readouterr().out
     assert 'skipped: ' in shown and str(broken) in shown
+
+
+def test_compiled_programs_are_kept_on_accelerators(monkeypatch):
+    own = jax.config.jax_compilation_cache_dir
+    kept = lambda: jax.config.jax_compilation_cache_dir
+    try:
+        for backend, set_before, expected in (
+            ('gpu', '/elsewhere', '/elsewhere'),
+            ('cpu', None, None),
+            ('gpu', None, str(Path('~/.cache/ism_jax/compiled').expanduser())),
+        ):
+            jax.config.update('jax_compilation_cache_dir', set_before)
+            monkeypatch.setattr(jax, 'default_backend', lambda name=backend: name)
+            train.keep_compiled()
+            assert kept() == expected
+    finally:
+        jax.config.update('jax_compilation_cache_dir', own)

@@ -47,6 +47,9 @@ BACKGROUND = 'white'
 # With so many unreadable images in a row, it is not the single images that are bad.
 MAX_SKIPPED_IN_ROW = 100
 
+# Of data that are all in memory.
+MAX_ARRAY_BYTES = 2**33
+
 
 class CorruptImageError(ValueError):
     """An image that could not be read."""
@@ -267,6 +270,13 @@ def _pad(images: np.ndarray, size: int, name: str) -> np.ndarray:
             'evenly and then halved, say, where that fits; choose 14, 16, 28, 32 or '
             'another even size above'
         )
+    total = len(images) * max(size, side) ** 2
+    if total > MAX_ARRAY_BYTES:
+        raise ValueError(
+            f'data.image_size = {size} makes {total / 2**30:.0f} GiB of {name}, more '
+            f'than {MAX_ARRAY_BYTES / 2**30:.0f}, which are all held in memory; choose '
+            'a smaller one'
+        )
     half = missing // 2
     images = np.pad(images, ((0, 0), (half, half), (half, half), (0, 0)))
     if factor == 1:
@@ -401,25 +411,45 @@ class FolderSource(Source):
                     str(path),
                 ) from error  # fmt: skip
             raise CorruptImageError(
-                f'{path} cannot be read as an image ({error}); repair or remove it, or '
-                "set data.on_corrupt = 'skip'"
+                f'{_printable(path)} cannot be read as an image ({_printable(error)}); '
+                "repair or remove it, or set data.on_corrupt = 'skip'"
             ) from error
+
+
+def _printable(text) -> str:
+    """Without what would command a terminal."""
+    return ''.join(
+        c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text)
+    )
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')
 
 
-def _list_images(folder: Path, name: str):
-    """Yields (path below the source's folder with forward slashes, size in bytes)."""
+def _list_images(folder: Path, name: str, within: tuple[Path, ...] = ()):
+    """Yields (path below the source's folder with forward slashes, size in bytes).
+
+    Raises:
+      ValueError: a link to a folder that it lies in.
+    """
+    real = folder.resolve()
+    if real in within:
+        raise ValueError(
+            f'data.source: {folder} is a link to {real}, which it lies in; remove it'
+        )
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() and not entry.name.startswith('.'):
-                yield from _list_images(folder / entry.name, f'{name}/{entry.name}')
+                yield from _list_images(
+                    folder / entry.name, f'{name}/{entry.name}', (*within, real)
+                )
             elif _is_image(entry.name):
-                # A broken link has no size; it is reported when it is read.
-                size = entry.stat().st_size if os.path.exists(entry.path) else 0
-                yield f'{name}/{entry.name}', size
+                # A broken link has no size; it is reported when it is read. A pipe or
+                # a device would be waited for.
+                exists = os.path.exists(entry.path)
+                if not exists or entry.is_file():
+                    yield f'{name}/{entry.name}', entry.stat().st_size if exists else 0
 
 
 # What `TfdsSource` runs in another process; arguments are the name and the folder.
@@ -567,7 +597,10 @@ class LatentSource(Source):
         from array_record.python import array_record_data_source
 
         self.path = Path(path).expanduser()
-        self.manifest = latents.read_manifest(self.path)
+        try:
+            self.manifest = latents.read_manifest(self.path)
+        except ValueError as error:
+            raise ValueError(f'data.source = latents:{path}: {error}') from error
         self.image_shape = tuple(self.manifest['latent_shape'])
         if self.image_shape != shape:
             height, width, channels = self.image_shape

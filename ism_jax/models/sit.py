@@ -49,6 +49,7 @@ ATTENTION_IMPLEMENTATIONS = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
 FREQUENCY_FEATURES = 256
 MAX_PERIOD = 10_000.0
 MAX_LEVELS = 16  # Of step sizes that are told apart: down to 1/32768.
+MAX_TOKENS = 2**16  # Attention of more would take 16 GiB for each head.
 STEP_EMBEDDINGS = ('level', 'size')
 # The sinusoids were made for times of 0 to 1000 (DiT), hence `time_scale`. Guidance
 # strengths, a quarter apart, are spread to be told apart while values in between (the
@@ -305,8 +306,14 @@ def check_sizes(height, width, patch_size, hidden_size, num_heads) -> None:
         )
     if height % patch_size:
         raise ValueError(
-            f'model.patch_size = {patch_size} does not divide the image side '
+            f'model.patch_size = {patch_size} does not divide data.image_size = '
             f'{height}; choose a divisor of {height}'
+        )
+    if (tokens := (height // patch_size) ** 2) > MAX_TOKENS:
+        raise ValueError(
+            f'data.image_size = {height} in patches of model.patch_size = {patch_size} '
+            f'makes {tokens} tokens, more than {MAX_TOKENS}; use larger patches, or '
+            'latents'
         )
     if hidden_size % num_heads:
         raise ValueError(

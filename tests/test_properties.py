@@ -1,0 +1,192 @@
+"""Whatever the config: it trains, or is refused by name before anything is compiled."""
+
+import os
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ism_jax import build
+from ism_jax import config as config_lib
+from ism_jax import objectives
+from ism_jax import optimizer
+from ism_jax import sharding
+from ism_jax import train
+from ism_jax import train_state
+from ism_jax import train_step
+from ism_jax.data import sources
+from ism_jax.models import sit
+
+INTEGERS = (-(10**9), -1, 0, 1, 2, 3, 4, 7, 8, 12, 16, 28, 64, 10**6, 10**9, 10**18)
+FLOATS = (
+    float('nan'),
+    float('inf'),
+    -1.0,
+    0.0,
+    1e-30,
+    1e-3,
+    0.5,
+    0.999,
+    1.0,
+    2.0,
+    1e30,
+)
+TUPLES = ((), (0,), (-1,), (1,), (1, 2, 4), (3,), (10**9,), (0.5,), (float('nan'),))
+WORDS = {
+    'data.source': ('mnist', 'fashion_mnist', 'tfds:', 'folder:/no', 'latents:x', ''),
+    'data.dir': ('/nowhere',),
+    'data.autoencoder': ('', '/nowhere'),
+    'data.on_corrupt': ('error', 'skip'),
+    'model.step_embedding': tuple(sit.STEP_EMBEDDINGS),
+    'model.dtype': ('float32', 'bfloat16', 'float16'),
+    'model.remat': tuple(sit.REMAT_POLICIES),
+    'model.attention': tuple(sit.ATTENTION_IMPLEMENTATIONS),
+    'optimizer.schedule': tuple(optimizer.SCHEDULES),
+    'transport.method': ('permutation', 'row_sampling', 'independent'),
+    'wavelet.name': ('haar', 'db2', 'bior1.3', 'sym4', 'gaus1'),
+    'wavelet.weighting': ('equal', 'equal_variance', '1', '1,1,1,1', 'nan,1,1,1'),
+    'objective.name': tuple(objectives.names()),
+}  # fmt: skip
+
+
+def _values(name, value):
+    """Values of a field, good and bad."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.sampled_from(INTEGERS)
+    if isinstance(value, float):
+        return st.sampled_from(FLOATS)
+    if isinstance(value, tuple):
+        return st.sampled_from(TUPLES)
+    return st.sampled_from((*WORDS.get(name, ()), 'nonsense', '', '\x00'))
+
+
+def _small(method):
+    config = config_lib.default()
+    config_lib.with_argument(config, f'{method},runlocal')
+    config.model.update(hidden_size=16, depth=1, num_heads=2)
+    config.scores.enabled = False
+    config.log.grid_every = 0
+    return config
+
+
+@st.composite
+def changed(draw):
+    """A method, and up to three fields of its small config with other values."""
+    method = draw(st.sampled_from(objectives.names()))
+    flat = config_lib.flatten(_small(method))
+    names = draw(st.lists(st.sampled_from(sorted(flat)), max_size=3, unique=True))
+    return method, {name: draw(_values(name, flat[name])) for name in names}
+
+
+def _changed(method, changes):
+    config = _small(method)
+    for name, value in changes.items():
+        section, _, field = name.rpartition('.')
+        (config[section] if section else config)[field] = value
+    return config.lock()
+
+
+def _refused(error, changes):
+    """An error names what was changed, or what it does not go with."""
+    told = str(error)
+    names = [*changes, *(name.rpartition('.')[2] for name in changes)]
+    names += ['guidance', 'steps']  # Of samples and of grids alike.
+    assert any(name in told for name in names), f'{changes}: {told}'
+
+
+def _trace(config):
+    """All of training up to its compilation."""
+    config_lib.validate(config)
+    source = sources.make_source(
+        config.data.source, **config_lib.source_options(config)
+    )
+    num_classes = len(source.class_names)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:1])
+    train.check_devices(config, mesh)
+    train.check_memory(config, mesh, num_classes)
+    model = build.make_model(config, num_classes)
+    batches = build.pool_batches(config)
+    build.make_loader(config, source, batches=batches).close()
+    tx = build.make_optimizer(config)
+
+    def init():
+        params = sit.init_params(model, source.image_shape, jax.random.key(0))
+        return train_state.TrainState(
+            jnp.int32(0), params, tx.init(params),
+            params if config.ema.twin else None, params, jnp.int32(0), jnp.int32(0),
+        )  # fmt: skip
+
+    shape = (batches, config.train.batch_size)
+    pool = train_step.Pool(
+        jax.ShapeDtypeStruct((*shape, *source.image_shape), jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct(shape, jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    state = jax.eval_shape(init)
+    shardings = sharding.tree_shardings(state, mesh)
+    step = build.compiled_step(config, source, mesh, shardings)
+    after, metrics = jax.eval_shape(step, state, pool, jax.random.key(0))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics['loss'].shape == ()
+    couple = build.make_coupling(config, mesh, num_classes)
+    if couple is not None:
+        flat = jax.ShapeDtypeStruct(
+            (shape[0] * shape[1], *source.image_shape), jnp.float32
+        )
+        labels = jax.ShapeDtypeStruct(flat.shape[:1], jnp.int32)
+        found, _ = jax.eval_shape(couple, flat, labels, jax.random.key(0))
+        assert found.shape == labels.shape
+
+
+SETTINGS = dict(
+    deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)  # fmt: skip
+
+
+def _settings(examples):
+    """`PROPERTIES=10` looks at ten times as many."""
+    factor = int(os.environ.get('PROPERTIES', 1))
+    return hypothesis.settings(max_examples=examples * factor, **SETTINGS)
+
+
+@_settings(40)
+@hypothesis.given(changed())
+def test_every_config_can_be_compiled_or_is_refused_by_name(made):
+    method, changes = made
+    try:
+        _trace(_changed(method, changes))
+    except ValueError as error:
+        _refused(error, changes)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, 'devices', lambda: devices)
+
+
+@_settings(5)
+@hypothesis.given(changed())
+def test_every_config_trains_two_steps_or_is_refused_by_name(
+    one_device, tmp_path_factory, made
+):
+    method, changes = made
+    config = _changed(method, changes)
+    with config.unlocked():
+        config.train.steps = min(config.train.steps, 2)
+        config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
+        config.sample.batch_size = min(config.sample.batch_size, 64)
+    try:
+        state = train.train(config, tmp_path_factory.mktemp('any'))
+    except ValueError as error:
+        _refused(error, changes | {'train.steps': 2, 'optimizer.warmup_steps': 1})
+        return
+    assert int(state.step) == config.train.steps
+    assert np.isfinite(np.asarray(state.params['final']['kernel'])).all()
