@@ -9,8 +9,8 @@ import pytest
 from ism_jax import config as config_lib
 from ism_jax import train
 
-# Of the first steps of `configs/quickstart.py:runlocal`, on one device. They change with
-# the method and with nothing else: not the version of Python or JAX, not the machine.
+# Of the first steps of `configs/quickstart.py:runlocal`, on one device. They change
+# with the method, and not with the version of Python or JAX or with the machine.
 LOSSES = (
     2.5976, 2.5675, 2.553, 2.5529, 2.5763, 2.5899,
     2.4786, 2.5087, 2.4751, 2.5056, 2.4665, 2.4426,
