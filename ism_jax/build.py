@@ -14,7 +14,6 @@ from ism_jax import config as config_lib
 from ism_jax import optimizer
 from ism_jax import sharding
 from ism_jax import train_step
-from ism_jax import transport
 from ism_jax import wavelet
 from ism_jax.data import pipeline
 from ism_jax.models import sit
@@ -164,6 +163,9 @@ def make_coupling(config, mesh, num_classes: int):
     options = config.transport
     if not options.enabled:
         return None
+    # Here, because OTT takes two seconds to import and sampling does without.
+    from ism_jax import transport
+
     fast = {}
     if config.data.classes_per_pool:
         # Twice as many and as large as a pool has by plan: chunks of a class may meet,

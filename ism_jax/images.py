@@ -5,8 +5,6 @@ import io
 import json
 import math
 
-from matplotlib import figure as figures
-from matplotlib.backends import backend_agg
 import numpy as np
 from PIL import Image
 from PIL import PngImagePlugin
@@ -180,6 +178,10 @@ def steps_by_guidance_figure(
     Raises:
       ValueError: shapes disagree with steps and guidances, or no cell has images.
     """
+    # Here, because it takes half a second to import and samples need none.
+    from matplotlib import figure as figures
+    from matplotlib.backends import backend_agg
+
     cells = _cells(images, steps, guidances)
     shapes = sorted({np.shape(cell) for cell in cells.values()})
     if len(shapes) > 1 or len(shapes[0]) != 4 or shapes[0][3] not in (1, 3):

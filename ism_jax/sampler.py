@@ -77,6 +77,7 @@ class Sampler:
         guidance: float,
         schedule: Sequence[float],
         first: int = 0,
+        batch_size: int | None = None,
     ):
         """Yields (images [b, H, W, C], labels [b]), b at most `batch_size`.
 
@@ -87,15 +88,17 @@ class Sampler:
           guidance: strength w for all samples.
           schedule: step sizes, see `schedule.check_schedule`.
           first: number of the first sample: a part of many samples is made by itself.
+          batch_size: another than the sampler's own.
 
         Raises:
           ValueError: the schedule is not one that the network was trained for.
         """
         times, sizes = schedules.times_and_sizes(schedule, self.base_steps)
         labels = np.asarray(labels, np.int32)
-        split, size = self._batch_split(params)
-        for start in range(0, len(labels), self.batch_size):
-            label = labels[start : start + self.batch_size]
+        batch_size = batch_size or self.batch_size
+        split, size = _batch_split(params, batch_size)
+        for start in range(0, len(labels), batch_size):
+            label = labels[start : start + batch_size]
             # The last batch is filled up, so that nothing is compiled for its size.
             numbers = first + start + np.arange(size, dtype=np.int32)
             padded = np.pad(label, (0, size - len(label)))
@@ -109,11 +112,12 @@ class Sampler:
                 images = distributed.to_host(images)
             yield images[: len(label)], label
 
-    def _batch_split(self, params):
-        """How a batch is divided among the devices of `params`, and its size there."""
-        for leaf in jax.tree.leaves(params):
-            place = getattr(leaf, 'sharding', None)
-            if isinstance(place, NamedSharding):
-                size = -(-self.batch_size // place.mesh.size) * place.mesh.size
-                return NamedSharding(place.mesh, P(place.mesh.axis_names)), size
-        return None, self.batch_size
+
+def _batch_split(params, batch_size: int):
+    """How a batch is divided among the devices of `params`, and its size there."""
+    for leaf in jax.tree.leaves(params):
+        place = getattr(leaf, 'sharding', None)
+        if isinstance(place, NamedSharding):
+            size = -(-batch_size // place.mesh.size) * place.mesh.size
+            return NamedSharding(place.mesh, P(place.mesh.axis_names)), size
+    return None, batch_size

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-import re
 import urllib.request
 
 from flax import linen as nn
@@ -19,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
 from ism_jax import files
+from ism_jax import hub
 from ism_jax import images as image_files
 from ism_jax import sharding
 from ism_jax import tensor_file
@@ -197,7 +197,8 @@ def load_dinov2(path, *, batch_size: int = 64) -> FeatureNetwork:
     Raises:
       ValueError: nothing is there, or it is another network.
     """
-    folder = _folder(path)
+    names = ('config.json', 'model.safetensors')
+    folder = hub.folder(path, names, 'facebook/dinov2-large')
     weights = folder / 'model.safetensors'
     config = dinov2.read_config(folder / 'config.json')
     checksum = file_checksum(weights)
@@ -259,29 +260,6 @@ def load_efficientnet_lite(path=None, *, batch_size: int = 64) -> FeatureNetwork
         preprocessing='uint8, Pillow bicubic to 224, (x - 127) / 128',
         batch_size=batch_size,
     )
-
-
-def _folder(path) -> Path:
-    """A folder of Hugging Face's, here or fetched from the hub."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
-        raise ValueError(
-            f'{path} is no folder and no hub id; give such as facebook/dinov2-large or '
-            'the folder of a copy'
-        )
-    try:
-        import huggingface_hub
-
-        names = ['config.json', 'model.safetensors']
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=names))
-    except Exception as error:  # Of many kinds, for many reasons; also if missing.
-        raise ValueError(
-            f'{path} is no folder here, and could not be fetched from the hub '
-            f'({type(error).__name__}: {error}); pip install huggingface_hub, or give '
-            'the folder of a copy'
-        ) from error
 
 
 def file_checksum(path) -> str:

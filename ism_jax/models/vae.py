@@ -32,6 +32,7 @@ import numpy as np
 import safetensors.numpy
 
 from ism_jax import files
+from ism_jax import hub
 from ism_jax import sharding
 from ism_jax import tensor_file
 
@@ -490,34 +491,14 @@ def locate(path: str) -> tuple[Path | None, Path]:
     if given.is_file():
         config = given.with_name('config.json')
         return config if config.is_file() else None, given
-    if given.is_dir():
-        if not (given / WEIGHTS).is_file():
-            found = sorted(p.name for p in given.iterdir())
-            raise ValueError(
-                f'{given} has no {WEIGHTS}; it holds {", ".join(found) or "nothing"}. '
-                'Save the autoencoder with safe_serialization=True'
-            )
-        return given / 'config.json', given / WEIGHTS
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', path):
+    folder = hub.folder(path, ('config.json', WEIGHTS), 'stabilityai/sd-vae-ft-mse')
+    if not (folder / WEIGHTS).is_file():
+        found = sorted(p.name for p in folder.iterdir())
         raise ValueError(
-            f'{path} is no file, no folder and no hub id; give such as '
-            'stabilityai/sd-vae-ft-mse or the folder of a copy'
+            f'{folder} has no {WEIGHTS}; it holds {", ".join(found) or "nothing"}. '
+            'Save the autoencoder with safe_serialization=True'
         )
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(
-            f'{path} is no file or folder here, and to fetch it from the hub '
-            'huggingface_hub is needed: pip install huggingface_hub'
-        ) from error
-    try:
-        names = ('config.json', WEIGHTS)
-        return tuple(Path(huggingface_hub.hf_hub_download(path, n)) for n in names)
-    except Exception as error:  # Of many kinds, for many reasons.
-        raise ValueError(
-            f'{path} is no file or folder here, and could not be fetched from the hub '
-            f'({type(error).__name__}: {error}); give the folder of a copy'
-        ) from error
+    return folder / 'config.json', folder / WEIGHTS
 
 
 def digest(path: str) -> str:

@@ -1,0 +1,164 @@
+"""`ism_jax.load`: a network from anywhere, called in a line."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import ism_jax
+from ism_jax import config as config_lib
+from ism_jax import convert
+from ism_jax import generator
+from ism_jax import portable
+from ism_jax import train
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """A run of a few steps, whose averages follow at once."""
+    config = config_lib.with_argument(config_lib.default(), 'runlocal')
+    config.scores.enabled = False
+    config.train.steps = 6
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
+    config.ema.infer_decay = 0.5
+    config.log.update(grid_every=0, every=6)
+    config.checkpoint.every = 3
+    folder = tmp_path_factory.mktemp('run')
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda: devices)
+        train.train(config.lock(), folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def model(workdir):
+    return ism_jax.load(workdir)
+
+
+def test_labels_give_images(model):
+    images = model.sample([0, 1, 9], steps=2, guidance=1.0, seed=3)
+    assert images.shape == (3, *model.image_shape) == (3, 32, 32, 1)
+    assert images.dtype == np.uint8 and images.std() > 1
+    assert isinstance(images, np.ndarray)
+    assert '10 classes' in repr(model) and 'trained 6 steps' in repr(model)
+    # By its number in the batch, whatever the batch.
+    alone = model.sample(0, steps=2, guidance=1.0, seed=3)
+    assert alone.shape == (1, 32, 32, 1)
+    assert np.abs(alone[0].astype(int) - images[0]).max() <= 1
+    again = model.sample([0, 1, 9], steps=2, guidance=1.0, seed=3)
+    np.testing.assert_array_equal(again, images)
+
+
+def test_every_setting_matters(model):
+    usual = dict(labels=[3], steps=2, guidance=1.0, seed=0)
+    images = [
+        model.sample(**usual | change)
+        for change in (
+            {}, {'labels': [4]}, {'labels': [None]}, {'steps': 8}, {'guidance': 3.0},
+            {'seed': 1}, {'schedule': (0.5, 0.25, 0.25)},
+        )
+    ]  # fmt: skip
+    assert len({image.tobytes() for image in images}) == len(images)
+    # The default is what the documentation says.
+    np.testing.assert_array_equal(
+        model.sample([3]), model.sample([3], steps=4, guidance=1.5, seed=0)
+    )
+    np.testing.assert_array_equal(
+        model.sample([3], schedule=(0.5, 0.5), guidance=1.0), images[0]
+    )
+
+
+def test_classes_by_name_and_none(model):
+    named = model.sample(['7', None, np.int64(2)], steps=1)
+    np.testing.assert_array_equal(named, model.sample([7, None, 2], steps=1))
+    np.testing.assert_array_equal(model.sample('7', steps=1), model.sample(7, steps=1))
+
+
+def test_as_the_command_samples(model, workdir, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, '-m', 'ism_jax.sample', f'--workdir={workdir}', '--steps=2',
+            '--guidance=1', '--labels=0-4', '--seed=5', f'--out={tmp_path}',
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / 'samples.npz') as samples:
+        expected = samples['images'][0, 0].astype(int)
+    found = model.sample(range(5), steps=2, guidance=1, seed=5)
+    assert np.abs(found - expected).max() <= 1  # Other batches round otherwise.
+
+
+def test_exported_and_earlier_networks(model, workdir, tmp_path, monkeypatch):
+    portable.write(tmp_path / 'exported', convert.export(workdir))
+    expected = model.sample([1, 2], steps=1)
+    exported = ism_jax.load(tmp_path / 'exported')
+    np.testing.assert_array_equal(exported.sample([1, 2], steps=1), expected)
+    assert ism_jax.load(workdir, step=3).trained_steps == 3
+
+    hub = pytest.importorskip('huggingface_hub')
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, *allow_patterns))
+        return str(tmp_path / 'exported')
+
+    monkeypatch.setattr(hub, 'snapshot_download', download)
+    fetched = ism_jax.load('somebody/digits')
+    np.testing.assert_array_equal(fetched.sample([1, 2], steps=1), expected)
+    assert asked == [('somebody/digits', 'model.safetensors', 'config.json')]
+
+
+def test_many_labels_come_in_batches(model, monkeypatch):
+    monkeypatch.setattr(generator, 'MAX_BATCH', 4)
+    labels = np.arange(10) % 10
+    images = model.sample(labels, steps=1)
+    monkeypatch.undo()
+    whole = model.sample(labels, steps=1).astype(int)
+    assert np.abs(images - whole).max() <= 1
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(labels=10), r'label 10 must be in 0 .. 9'),
+        (dict(labels=[0, -1]), r'label -1 must be in 0 .. 9'),
+        (dict(labels=1.5), 'label'),
+        (dict(labels=[True]), 'label True must be'),
+        (dict(labels='twelve'), "label 'twelve' is no class of this network"),
+        (dict(labels=[]), 'asks for no image'),
+        (dict(labels=0, steps=0), r'1 .. 128'),
+        (dict(labels=0, steps=129), r'1 .. 128'),
+        (dict(labels=0, guidance=4.0), r'guidance = 4.0 must lie in \[0, 3.5\]'),
+        (dict(labels=0, guidance=float('nan')), 'guidance = nan must lie in'),
+        (dict(labels=0, schedule=(0.3, 0.7)), '0.3'),
+    ],
+)
+def test_what_the_network_does_not_know(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.sample(**options)
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(ValueError, match='no folder and no hub id'):
+        ism_jax.load(tmp_path / 'nowhere')
+    with pytest.raises(ValueError, match='holds no run'):
+        ism_jax.load(tmp_path)
+    with pytest.raises(AttributeError, match='no attribute .lood'):
+        ism_jax.lood  # noqa: B018
+
+
+def test_sampling_brings_nothing_heavy_along(workdir):
+    """Neither what only training needs, nor what only pictures of tables do."""
+    code = (
+        'import sys, ism_jax; ism_jax.load(sys.argv[1]).sample([0], steps=1); '
+        'heavy = {"tensorflow", "tensorflow_datasets", "ott", "matplotlib", "clu", '
+        '"torch", "transformers"}; print(sorted(heavy & sys.modules.keys()))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code, str(workdir)], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == '[]', done.stderr
