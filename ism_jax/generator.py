@@ -104,16 +104,91 @@ class Generator:
         numbers = [self._label(label) for label in labels]
         if not numbers:
             raise ValueError('labels = [] asks for no image; give a label for each')
-        config_lib.check_guidance(self._objective, (guidance,))
-        if schedule is None:
-            schedule = schedules.dyadic_schedule(steps, self.base_steps)
+        schedule = self._schedule(steps, schedule, guidance)
         batches = self._sampler.batches(
             self._run.params, jax.random.key(seed), numbers, guidance=guidance,
-            schedule=tuple(schedule),
+            schedule=schedule,
             # Powers of two, so that few sizes are compiled.
             batch_size=min(1 << (len(numbers) - 1).bit_length(), MAX_BATCH),
         )  # fmt: skip
         return np.concatenate([pictures.to_uint8(images) for images, _ in batches])
+
+    def path(
+        self,
+        label: int | str | None,
+        steps: int = 8,
+        guidance: float = 1.5,
+        seed: int = 0,
+        *,
+        schedule: Sequence[float] | None = None,
+    ) -> np.ndarray:
+        """The way of one image: its noise, then what is there after each step.
+
+        Args:
+          label, steps, guidance, seed, schedule: see `sample`; image number 0.
+
+        Returns:
+          uint8 [steps + 1, H, W, C].
+
+        Raises:
+          ValueError: see `sample`; or the method adds noise between steps.
+        """
+        states = self._sampler.states(
+            self._run.params, self._noise(seed), [self._label(label)],
+            guidance=guidance, schedule=self._schedule(steps, schedule, guidance),
+        )  # fmt: skip
+        return np.concatenate([pictures.to_uint8(state) for state in states])
+
+    def between(
+        self,
+        label: int | str | None,
+        seeds: tuple[int, int],
+        count: int = 8,
+        steps: int = 4,
+        guidance: float = 1.5,
+        *,
+        schedule: Sequence[float] | None = None,
+    ) -> np.ndarray:
+        """Images of noises between those of two seeds, on the sphere.
+
+        Args:
+          label, steps, guidance, schedule: see `sample`.
+          seeds: of the first and of the last image, image number 0 of each.
+          count: of images, at least 2.
+
+        Returns:
+          uint8 [count, H, W, C].
+
+        Raises:
+          ValueError: see `path`; or fewer than 2 images.
+        """
+        if count < 2:
+            raise ValueError(f'count = {count} must be at least 2: both ends')
+        ends = [np.asarray(self._noise(seed)) for seed in seeds]
+        noise = slerp(*ends, np.linspace(0, 1, count, dtype=np.float32))
+        schedule = self._schedule(steps, schedule, guidance)
+        states = self._sampler.states(
+            self._run.params, noise, [self._label(label)] * count, guidance=guidance,
+            schedule=schedule,
+        )  # fmt: skip
+        *_, images = states
+        return pictures.to_uint8(images)
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether `path` and `between` work: the method adds no noise between steps."""
+        return self._sampler.is_deterministic
+
+    def _noise(self, seed: int) -> jax.Array:
+        return self._sampler.noise(jax.random.key(seed), [0])
+
+    def _schedule(self, steps, schedule, guidance) -> tuple[float, ...]:
+        """Step sizes; refuses a guidance that the method does not offer."""
+        config_lib.check_guidance(self._objective, (guidance,))
+        if schedule is None:
+            return schedules.dyadic_schedule(steps, self.base_steps)
+        schedules.check_schedule(schedule, self.base_steps)
+        return tuple(schedule)
 
     def _label(self, label) -> int:
         classes = len(self.class_names)
@@ -141,3 +216,28 @@ class Generator:
             f'{self._run.model.hidden_size}, {len(self.class_names)} classes, images '
             f'{self.image_shape}, trained {self.trained_steps} steps)'
         )
+
+
+def slerp(a: np.ndarray, b: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Points on the great circle from a to b, whose length goes evenly as well.
+
+    Straight lines between normal noises pass through shorter ones, of which a network
+    has seen none (White 2016, arXiv 1609.04468).
+
+    Args:
+      a, b: [1, ...].
+      parts: [N], 0 for a and 1 for b.
+
+    Returns:
+      [N, ...].
+    """
+    lengths = np.linalg.norm(a), np.linalg.norm(b)
+    cosine = np.clip(np.sum(a * b) / np.prod(lengths), -1, 1)
+    angle = np.arccos(cosine)
+    parts = parts.reshape(-1, *[1] * (a.ndim - 1))
+    if angle < 1e-4:
+        return ((1 - parts) * a + parts * b).astype(a.dtype)
+    first = np.sin((1 - parts) * angle) * a / lengths[0]
+    last = np.sin(parts * angle) * b / lengths[1]
+    length = (1 - parts) * lengths[0] + parts * lengths[1]
+    return ((first + last) / np.sin(angle) * length).astype(a.dtype)

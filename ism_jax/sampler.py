@@ -58,8 +58,15 @@ class Sampler:
             again = jax.random.fold_in(jax.random.fold_in(key, AGAIN), numbers[0])
             return objective.sample(apply, params, noise, label, w, times, steps, again)
 
+        def run_from(params, noise, label, w, times, steps):
+            again = jax.random.key(0)  # Not for samplers that add noise.
+            return objective.sample(apply, params, noise, label, w, times, steps, again)
+
         self._run = jax.jit(run)
+        self._run_from = jax.jit(run_from)
         self._decode = decode
+        # Whether one step may be taken after the other, from any noise.
+        self.is_deterministic = type(objective).sample is BaseObjective.sample
 
     def shown_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images that are yielded."""
@@ -67,6 +74,38 @@ class Sampler:
             return self.image_shape
         latents = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
         return jax.eval_shape(self._decode, latents).shape[1:]
+
+    def noise(self, key: jax.Array, numbers: Sequence[int]) -> jax.Array:
+        """The noises that samples of these numbers are made of, [N, H, W, C]."""
+        return interpolant.sample_noise(key, jnp.asarray(numbers), self.image_shape)
+
+    def states(
+        self, params, noise: jax.Array, labels: Sequence[int], *, guidance, schedule
+    ):
+        """Yields noise, then what is left after each step, [N, H, W, C] as is shown.
+
+        Args:
+          params: parameters, of the `infer` average.
+          noise: [N, H, W, C], such as `noise` makes.
+          labels, guidance, schedule: see `batches`.
+
+        Raises:
+          ValueError: the schedule is not one that the network was trained for, or the
+            method adds noise between steps.
+        """
+        if not self.is_deterministic:
+            raise ValueError(
+                'this method adds noise between steps: there is no path to follow'
+            )
+        times, sizes = schedules.times_and_sizes(schedule, self.base_steps)
+        label = np.asarray(labels, np.int32)
+        w = np.full(len(label), guidance, np.float32)
+        x = noise
+        yield x if self._decode is None else self._decode(x)
+        for i in range(len(times)):
+            one = slice(i, i + 1)  # A step at a time: one program for all schedules.
+            x = self._run_from(params, x, label, w, times[one], sizes[one])
+            yield x if self._decode is None else self._decode(x)
 
     def batches(
         self,

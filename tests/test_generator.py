@@ -71,6 +71,49 @@ def test_every_setting_matters(model):
     )
 
 
+def test_a_path_ends_at_the_sample(model):
+    path = model.path('3', steps=4, guidance=1.0, seed=2)
+    assert path.shape == (5, 32, 32, 1)
+    sample = model.sample('3', steps=4, guidance=1.0, seed=2)[0].astype(int)
+    assert np.abs(path[-1] - sample).max() <= 1
+    assert path[0].std() > 60  # Noise: of standard deviation 1, clipped.
+    np.testing.assert_array_equal(path[0], model.path(5, steps=1, seed=2)[0])
+
+
+def test_between_two_seeds(model):
+    images = model.between(3, (0, 1), count=5, steps=2, guidance=1.0)
+    assert images.shape == (5, 32, 32, 1)
+    for end, seed in ((0, 0), (-1, 1)):
+        sample = model.sample(3, steps=2, guidance=1.0, seed=seed)[0].astype(int)
+        assert np.abs(images[end] - sample).max() <= 1
+    same = model.between(3, (4, 4), count=2, steps=1)
+    np.testing.assert_array_equal(same[0], same[1])
+    with pytest.raises(ValueError, match='count = 1 must be at least 2'):
+        model.between(3, (0, 1), count=1)
+
+
+def test_slerp_keeps_to_the_sphere():
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(2, 1, 8, 8, 3))
+    parts = np.linspace(0, 1, 9)
+    points = generator.slerp(a, b, parts)
+    lengths = np.linalg.norm(points.reshape(9, -1), axis=1)
+    ends = np.linalg.norm(a), np.linalg.norm(b)
+    np.testing.assert_allclose(lengths, (1 - parts) * ends[0] + parts * ends[1])
+    # Equal angles.
+    unit = points.reshape(9, -1) / lengths[:, None]
+    angles = np.arccos(np.sum(unit[1:] * unit[:-1], axis=1))
+    np.testing.assert_allclose(angles, angles[0], rtol=1e-6)
+    np.testing.assert_allclose(generator.slerp(a, a, parts), np.repeat(a, 9, 0))
+
+
+def test_no_path_where_noise_is_added_between_steps(model, monkeypatch):
+    assert model.has_paths
+    monkeypatch.setattr(model._sampler, 'is_deterministic', False)
+    with pytest.raises(ValueError, match='adds noise between steps'):
+        model.path(0)
+
+
 def test_classes_by_name_and_none(model):
     named = model.sample(['7', None, np.int64(2)], steps=1)
     np.testing.assert_array_equal(named, model.sample([7, None, 2], steps=1))
