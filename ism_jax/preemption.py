@@ -91,8 +91,10 @@ class Requests:
     def _notice(self, number, frame):
         del frame
         if self._signal is not None:
-            # The second: as if nobody listened.
-            signal.signal(number, self._previous[number] or signal.SIG_DFL)
+            # The second: as if nobody listened, or had asked not to be told.
+            before = self._previous[number]
+            ignored = before in (None, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_DFL if ignored else before)
             signal.raise_signal(number)
             return
         self._signal = signal.Signals(number)

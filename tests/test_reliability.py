@@ -131,14 +131,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         jax.tree.map(np.testing.assert_array_equal, run.params, straight_child.params)
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
+def test_a_second_signal_ends_at_once():
+    # Otherwise where the tests run in the background of a shell.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with preemption.Requests() as requests:
         signal.raise_signal(signal.SIGINT)
         assert requests.stop_after(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     # Handlers are given back.
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_signal_while_scoring_loses_nothing():
