@@ -23,6 +23,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from ism_jax import config as config_lib  # noqa: E402
+from ism_jax import train  # noqa: E402
 from ism_jax.models import inception  # noqa: E402
 from ism_jax.models import named_tensors  # noqa: E402
 
@@ -49,6 +51,24 @@ def torch_fidelity(monkeypatch):
         for name in ('CIFAR10', 'CIFAR100', 'STL10'):
             setattr(sys.modules['torchvision.datasets'], name, type(name, (), {}))
     return importlib.import_module('torch_fidelity')
+
+
+@pytest.fixture(scope='session')
+def small_run(tmp_path_factory):
+    """The folder of a run of six steps, whose averages follow at once."""
+    config = config_lib.with_argument(config_lib.default(), 'runlocal')
+    config.scores.enabled = False
+    config.train.steps = 6
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
+    config.ema.infer_decay = 0.5
+    config.log.update(grid_every=0, every=6)
+    config.checkpoint.every = 3
+    folder = tmp_path_factory.mktemp('small_run')
+    devices = jax.devices()[:1]  # Programs for eight compile slowly.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda: devices)
+        train.train(config.lock(), folder)
+    return folder
 
 
 @pytest.fixture(scope='session')

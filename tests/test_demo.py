@@ -13,37 +13,19 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 import ism_jax
-from ism_jax import config as config_lib
 from ism_jax import demo
-from ism_jax import train
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-    config = config_lib.with_argument(config_lib.default(), 'runlocal')
-    config.scores.enabled = False
-    config.train.steps = 2
-    config.log.update(grid_every=0, every=2)
-    config.checkpoint.every = 2
-    folder = tmp_path_factory.mktemp('run')
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda: devices)
-        train.train(config.lock(), folder)
-    return folder
-
-
-@pytest.fixture(scope='module')
-def studio(workdir, tmp_path_factory):
-    return demo.Studio(ism_jax.load(workdir), tmp_path_factory.mktemp('pictures'))
+def studio(small_run, tmp_path_factory):
+    return demo.Studio(ism_jax.load(small_run), tmp_path_factory.mktemp('pictures'))
 
 
 def test_pictures(studio):
@@ -69,7 +51,7 @@ def test_downloads_have_their_settings(studio):
     with Image.open(studio.save(made)) as image:
         assert image.format == 'PNG'
         assert image.text == {
-            'class': '7', 'seed': '5', 'guidance': '1.5', 'trained_steps': '2',
+            'class': '7', 'seed': '5', 'guidance': '1.5', 'trained_steps': '6',
             'schedule': '[0.5, 0.5]',
         }  # fmt: skip
         np.testing.assert_array_equal(np.asarray(image), made.image.squeeze())
@@ -120,7 +102,7 @@ def test_other_machines_are_served_on_request_only(host):
 
 
 @pytest.fixture(scope='module')
-def url(workdir):
+def url(small_run):
     for name in ('gradio', 'playwright'):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f'{name} is not installed')
@@ -130,7 +112,8 @@ def url(workdir):
         server.bind(('127.0.0.1', 0))
         port = server.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, '-m', 'ism_jax.demo', '--workdir', workdir, f'--port={port}'],
+        [sys.executable, '-m', 'ism_jax.demo', '--workdir', small_run,
+         f'--port={port}'],
         cwd=ROOT, env=os.environ | {'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -3,39 +3,18 @@
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 import ism_jax
-from ism_jax import config as config_lib
 from ism_jax import convert
 from ism_jax import generator
 from ism_jax import portable
-from ism_jax import train
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-    """A run of a few steps, whose averages follow at once."""
-    config = config_lib.with_argument(config_lib.default(), 'runlocal')
-    config.scores.enabled = False
-    config.train.steps = 6
-    config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
-    config.ema.infer_decay = 0.5
-    config.log.update(grid_every=0, every=6)
-    config.checkpoint.every = 3
-    folder = tmp_path_factory.mktemp('run')
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda: devices)
-        train.train(config.lock(), folder)
-    return folder
-
-
-@pytest.fixture(scope='module')
-def model(workdir):
-    return ism_jax.load(workdir)
+def model(small_run):
+    return ism_jax.load(small_run)
 
 
 def test_labels_give_images(model):
@@ -120,11 +99,11 @@ def test_classes_by_name_and_none(model):
     np.testing.assert_array_equal(model.sample('7', steps=1), model.sample(7, steps=1))
 
 
-def test_as_the_command_samples(model, workdir, tmp_path):
+def test_as_the_command_samples(model, small_run, tmp_path):
     done = subprocess.run(
         [
-            sys.executable, '-m', 'ism_jax.sample', f'--workdir={workdir}', '--steps=2',
-            '--guidance=1', '--labels=0-4', '--seed=5', f'--out={tmp_path}',
+            sys.executable, '-m', 'ism_jax.sample', f'--workdir={small_run}',
+            '--steps=2', '--guidance=1', '--labels=0-4', '--seed=5', f'--out={tmp_path}',
         ],
         capture_output=True, text=True,
     )  # fmt: skip
@@ -135,12 +114,12 @@ def test_as_the_command_samples(model, workdir, tmp_path):
     assert np.abs(found - expected).max() <= 1  # Other batches round otherwise.
 
 
-def test_exported_and_earlier_networks(model, workdir, tmp_path, monkeypatch):
-    portable.write(tmp_path / 'exported', convert.export(workdir))
+def test_exported_and_earlier_networks(model, small_run, tmp_path, monkeypatch):
+    portable.write(tmp_path / 'exported', convert.export(small_run))
     expected = model.sample([1, 2], steps=1)
     exported = ism_jax.load(tmp_path / 'exported')
     np.testing.assert_array_equal(exported.sample([1, 2], steps=1), expected)
-    assert ism_jax.load(workdir, step=3).trained_steps == 3
+    assert ism_jax.load(small_run, step=3).trained_steps == 3
 
     hub = pytest.importorskip('huggingface_hub')
     asked = []
@@ -194,7 +173,7 @@ def test_nothing_to_load(tmp_path):
         ism_jax.lood  # noqa: B018
 
 
-def test_sampling_brings_nothing_heavy_along(workdir):
+def test_sampling_brings_nothing_heavy_along(small_run):
     """Neither what only training needs, nor what only pictures of tables do."""
     code = (
         'import sys, ism_jax; ism_jax.load(sys.argv[1]).sample([0], steps=1); '
@@ -202,6 +181,6 @@ def test_sampling_brings_nothing_heavy_along(workdir):
         '"torch", "transformers"}; print(sorted(heavy & sys.modules.keys()))'
     )
     done = subprocess.run(
-        [sys.executable, '-c', code, str(workdir)], capture_output=True, text=True
+        [sys.executable, '-c', code, str(small_run)], capture_output=True, text=True
     )
     assert done.stdout.strip() == '[]', done.stderr
