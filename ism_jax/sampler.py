@@ -135,7 +135,7 @@ class Sampler:
         times, sizes = schedules.times_and_sizes(schedule, self.base_steps)
         labels = np.asarray(labels, np.int32)
         batch_size = batch_size or self.batch_size
-        split, size = _batch_split(params, batch_size)
+        split, size = batch_split(params, batch_size)
         for start in range(0, len(labels), batch_size):
             label = labels[start : start + batch_size]
             # The last batch is filled up, so that nothing is compiled for its size.
@@ -152,7 +152,7 @@ class Sampler:
             yield images[: len(label)], label
 
 
-def _batch_split(params, batch_size: int):
+def batch_split(params, batch_size: int):
     """How a batch is divided among the devices of `params`, and its size there."""
     for leaf in jax.tree.leaves(params):
         place = getattr(leaf, 'sharding', None)

@@ -19,6 +19,7 @@ from ism_jax import build
 from ism_jax import cells
 from ism_jax import checkpoint
 from ism_jax import config as config_lib
+from ism_jax import sampler as sampler_lib
 from ism_jax import schedule
 from ism_jax import sharding
 from ism_jax.data import sources
@@ -329,10 +330,10 @@ def test_samples_are_divided_over_the_devices(run, count):
     for (a, label_a), (b, label_b) in zip(many, single, strict=True):
         np.testing.assert_array_equal(label_a, label_b)
         np.testing.assert_allclose(a, b, atol=1e-5)
-    split, size = sampler._batch_split(run.params)
+    split, size = sampler_lib.batch_split(run.params, 12)
     assert isinstance(split, NamedSharding) and size == 16
     assert not split.is_fully_replicated and len(split.device_set) == 8
-    assert sampler._batch_split(one) == (None, 12)
+    assert sampler_lib.batch_split(one, 12) == (None, 12)
     # A part of the samples, by itself.
     tail = list(sampler.batches(run.params, key, labels[3:], first=3, **options))
     np.testing.assert_allclose(
