@@ -114,6 +114,7 @@ def default() -> ml_collections.ConfigDict:
 
     c.log = ml_collections.ConfigDict()
     c.log.every = 100  # Steps between scalars.
+    c.log.parameters = True  # A table of all parameters at the start.
     c.log.grid_every = 10_000  # Steps between grids of fixed noise; 0 for none.
     c.log.grid_columns = 10
     c.log.grid_steps = (1, 4)

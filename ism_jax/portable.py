@@ -11,6 +11,7 @@ steps trained, where the network comes from, what it predicts, and the modules t
 not in the file because they are to start afresh.
 """
 
+from collections.abc import Sequence
 import hashlib
 import json
 from pathlib import Path
@@ -34,7 +35,7 @@ FORMAT, VERSION = 'ism_jax', '1'
 # the first two.
 FUNCTION_FIELDS = (
     'time_scale', 'num_heads', 'patch_size', 'hidden_size', 'depth', 'mlp_ratio',
-    'step_embedding', 'num_classes',
+    'step_embedding',
 )  # fmt: skip
 
 
@@ -172,12 +173,30 @@ def initialised(network: Network) -> dict[str, Any]:
     return {**network.params, **make(jax.random.key(0))}
 
 
+def with_classes(network: Network, class_names: Sequence[str]) -> Network:
+    """The network for data of other classes; as it is where they are as many.
+
+    Each new class begins as no class, which the network knows: without labels it
+    computes what it did.
+    """
+    table = network.params.get('class_embedding')
+    if table is None or len(class_names) == len(network.class_names):
+        return network
+    null = np.asarray(table['embedding'])[-1:]
+    table = {'embedding': np.repeat(null, len(class_names) + 1, axis=0)}
+    return network._replace(
+        params={**network.params, 'class_embedding': table},
+        class_names=tuple(class_names),
+    )
+
+
 def check_start(
     network: Network, model: sit.SiT, image_shape: tuple[int, int, int], folder
 ) -> None:
     """Whether `model` can start from the network and then computes the same.
 
-    Images may have another side: positions are not learned.
+    Images may have another side: positions are not learned. For other classes see
+    `with_classes`.
 
     Raises:
       ValueError: naming the first field or parameter that differs.
@@ -187,11 +206,6 @@ def check_start(
         mine, other = getattr(model, name), getattr(theirs, name)
         if mine == other or name in network.fresh:
             continue
-        if name == 'num_classes':
-            raise ValueError(
-                f'the data have {mine} classes, and the network in {folder} has '
-                f'{other}: class_embedding/embedding would not fit'
-            )
         raise ValueError(
             f'model.{name} = {mine!r}, but the network in {folder} has {other!r}; set '
             f'--config.model.{name}={other!r}, or train.init_from to another network'

@@ -131,9 +131,10 @@ class Progress:
 
 def summary(config, model, params, mesh, source, workdir) -> str:
     """What is about to be trained, for the start of a run."""
-    overview = parameter_overview.get_parameter_overview(
-        params, include_stats='sharding' if mesh.size > 1 else False
-    )
+    table = []
+    if config.log.parameters:
+        stats = 'sharding' if mesh.size > 1 else False
+        table = [parameter_overview.get_parameter_overview(params, include_stats=stats)]
     devices = mesh.devices.flat[0]
     count = sit.num_parameters(model, source.image_shape)
     classes = len(source.class_names)
@@ -141,7 +142,7 @@ def summary(config, model, params, mesh, source, workdir) -> str:
     memory = sum(needs.values())
     return '\n'.join(
         [
-            overview,
+            *table,
             f'network:   SiT, {count:,} parameters, width {model.hidden_size}, '
             f'{model.depth} layers, {model.num_heads} heads, '
             f'patch {model.patch_size}, {model.dtype}',

@@ -15,6 +15,7 @@ the method of a config and shrinks the rest to a minute on a CPU.
 operations, hours. It opens no data and needs no such devices.
 """
 
+from collections.abc import Callable
 import contextlib
 import functools
 import io
@@ -22,6 +23,7 @@ import os
 from pathlib import Path
 import secrets
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -61,11 +63,22 @@ class NonFiniteError(RuntimeError):
     """Training stopped, because step after step was not finite."""
 
 
-def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
+def train(
+    config,
+    workdir: str | os.PathLike,
+    *,
+    on_samples: Callable[[int, int, np.ndarray], Any] | None = None,
+) -> train_state.TrainState:
     """Trains as the config says, from the latest checkpoint in `workdir` if any.
 
     Leaves in `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/` and
     `scores.json`.
+
+    Args:
+      config: see `ism_jax.config`.
+      workdir: folder of the run.
+      on_samples: is called with the training step, the number of sampling steps and the
+        samples of each grid, [N, H, W, C] in [-1, 1], such as for a notebook to show.
 
     Raises:
       ValueError: a config, data or a resumed run that could not work, or a workdir that
@@ -80,10 +93,10 @@ def train(config, workdir: str | os.PathLike) -> train_state.TrainState:
         distributed.first(lambda: held.enter_context(lock.Lock(workdir)) and None)
         check_shared(workdir)
         requests = held.enter_context(preemption.Requests())
-        return _train(config, workdir, requests)
+        return _train(config, workdir, requests, on_samples)
 
 
-def _train(config, workdir: Path, requests: preemption.Requests):
+def _train(config, workdir: Path, requests: preemption.Requests, on_samples):
     """`train`, in a folder that is nobody else's."""
     allowed_changes = distributed.first(lambda: check_resumable(config, workdir))
     distributed.first(
@@ -102,6 +115,8 @@ def _train(config, workdir: Path, requests: preemption.Requests):
     start = None
     if config.train.init_from and not checkpoint.saved_steps(workdir):
         start = portable.read(config.train.init_from)
+        known = len(start.class_names)
+        start = portable.with_classes(start, source.class_names)
         portable.check_start(start, model, source.image_shape, config.train.init_from)
     batches = build.pool_batches(config)
     loader = build.make_loader(config, source, batches=batches)
@@ -138,6 +153,7 @@ def _train(config, workdir: Path, requests: preemption.Requests):
         report.show(
             f'starting from {config.train.init_from}: {start.origin}, which predicts '
             f'{start.predicts}'
+            + (f'; its {known} classes are forgotten' if known != num_classes else '')
         )
     for line in allowed_changes:
         report.show(f'changed since the run was started: {line}')
@@ -204,11 +220,13 @@ def _train(config, workdir: Path, requests: preemption.Requests):
                 save(state, hurry=True)
                 checkpointer.close()
                 raise requests.error(f'step {done} is saved')
+            saves = done % config.checkpoint.every == 0 or done == config.train.steps
+            if saves:
+                report.log(done, extra)
             report.pause()
             if config.log.grid_every and done % config.log.grid_every == 0:
-                draw_grids(report, sampler, state, config, num_classes)
-            if done % config.checkpoint.every == 0 or done == config.train.steps:
-                report.log(done, extra)
+                draw_grids(report, sampler, state, config, num_classes, on_samples)
+            if saves:
                 save(state)
             report.resume()
         stuck.stop()
@@ -334,7 +352,9 @@ def keep_batch(path: Path, step: int, metrics, pool) -> None:
         )
 
 
-def draw_grids(report, sampler, state, config, num_classes: int) -> None:
+def draw_grids(
+    report, sampler, state, config, num_classes: int, on_samples=None
+) -> None:
     """Samples of fixed noise, for one to see them improve."""
     columns = config.log.grid_columns
     labels = np.tile(np.arange(columns) % num_classes, 4)
@@ -348,6 +368,8 @@ def draw_grids(report, sampler, state, config, num_classes: int) -> None:
         )
         images = np.concatenate([np.asarray(images) for images, _ in batches])
         report.picture(int(state.step), f'samples_{steps}_steps', images, columns)
+        if on_samples is not None and jax.process_index() == 0:
+            on_samples(int(state.step), steps, images)
 
 
 def check_resumable(config, workdir: Path) -> list[str]:

@@ -23,6 +23,7 @@ import optax
 import pytest
 import safetensors.numpy
 
+from ism_jax import build
 from ism_jax import checkpoint
 from ism_jax import config as config_lib
 from ism_jax import convert
@@ -664,11 +665,32 @@ def test_data_of_other_shapes_are_refused_but_not_of_another_side(small_sit):
     network = portable.read(small_sit)
     portable.check_start(network, network.model(), (64, 64, 1), small_sit)
     model = sit.SiT(num_classes=7, **network.config.model)
-    with pytest.raises(ValueError, match='the data have 7 classes, .* has 10'):
+    message = r'class_embedding/embedding is \(11, 32\) .* and \(8, 32\)'
+    with pytest.raises(ValueError, match=message):
         portable.check_start(network, model, (32, 32, 1), small_sit)
     message = r'final/bias is \(64,\) float32 .* and \(192,\) float32'
     with pytest.raises(ValueError, match=message):
         portable.check_start(network, network.model(), (32, 32, 3), small_sit)
+
+
+def test_other_classes_begin_as_no_class(small_sit):
+    network = portable.read(small_sit)
+    assert portable.with_classes(network, [str(n) for n in range(10)]) is network
+    other = portable.with_classes(network, ('cat', 'dog', 'newt'))
+    portable.check_start(other, other.model(), (32, 32, 1), small_sit)
+    assert other.class_names == ('cat', 'dog', 'newt')
+    x = jax.random.normal(jax.random.key(0), (3, 32, 32, 1))
+    t, zero = jnp.array([0.1, 0.5, 0.9]), jnp.zeros(3)
+
+    def velocity(network, label):
+        params = portable.initialised(network)
+        model = network.model()
+        return build.apply_model(model, params, x, t, zero, zero, label)
+
+    expected = velocity(network, jnp.full(3, 10))
+    for label in (jnp.full(3, 3), jnp.arange(3)):
+        np.testing.assert_array_equal(velocity(other, label), expected)
+    assert np.abs(velocity(network, jnp.arange(3)) - expected).max() > 1e-3
 
 
 def test_a_method_may_show_the_step_as_it_needs(small_sit):
