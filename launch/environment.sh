@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: creates or reuses .venv and installs what
-# requirements.txt lists. PYTHON=python3.12 chooses the interpreter of a new .venv.
+# requirements.txt lists, for the accelerator if there is one. PYTHON=python3.12 chooses
+# the interpreter of a new .venv.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -25,7 +26,7 @@ fi
 # The list that was installed last is kept, so that a second run starts at once.
 if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
   echo "environment: installing requirements.txt into .venv (a minute or two)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  bash launch/install.sh .venv/bin/python
   cp requirements.txt .venv/installed-requirements.txt
 fi
 echo "environment: $(.venv/bin/python --version), JAX $(.venv/bin/python -c \

@@ -189,3 +189,37 @@ def test_local_processes_pass_a_signal_on(tmp_path):
 def test_local_processes_tell_how_they_are_used(count, tmp_path):
     script = _local(tmp_path, count)
     assert script.wait(30) == 2 and 'usage' in script.stderr.read()
+
+
+@pytest.mark.parametrize(
+    'driver, jax',
+    [('', 'jax'), ('550.54.15', 'jax[cuda12]'), ('580.65', 'jax[cuda13]')],
+)
+def test_install_for_the_accelerator(tmp_path, driver, jax):
+    """A driver as nvidia-smi would tell it; none where it is missing or fails."""
+    body = f'echo {driver}; echo {driver}' if driver else 'exit 9'
+    _stand_in(tmp_path / 'bin', 'nvidia-smi', body)
+    done = subprocess.run(
+        ['bash', LAUNCH / 'install.sh', sys.executable, 'ipywidgets'],
+        env=os.environ | {'PATH': _path(tmp_path / 'bin'), 'PRINT': '1'},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    wanted = (ROOT / 'requirements.txt').read_text().splitlines()
+    (changed,) = [line for line in lines if line.startswith('jax') and 'wt' not in line]
+    assert changed == next(n for n in wanted if n.startswith('jax>')).replace(
+        'jax>', f'{jax}>'
+    )
+    rest = [line for line in wanted if not line.startswith('jax>')]
+    assert [line for line in lines if line != changed] == [*rest, 'ipywidgets']
+
+
+def test_install_keeps_a_tensorflow_that_is_there(tmp_path):
+    python = _stand_in(tmp_path / 'bin', 'python', 'exit 0')  # Has any package.
+    done = subprocess.run(
+        ['bash', LAUNCH / 'install.sh', python], env=os.environ | {'PRINT': '1'},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert 'tensorflow-cpu' not in done.stdout
+    assert '\ntensorflow>=' in done.stdout
