@@ -39,6 +39,8 @@ MAX_TEXT, MAX_MESSAGE = 2000, 300  # Letters.
 MAX_SEED = 2**31 - 1
 SIDE_BY_SIDE = (1, 2, 4, 8, 128)
 ANY_CLASS = 'any'
+# What stands beside a field takes no room while there is nothing to say.
+QUIET = '[class*="beside-"]:not(:has([role="alert"])) { display: none }'
 
 
 class FieldError(ValueError):
@@ -236,7 +238,9 @@ def make_page(studio: Studio):
             low, high, value=studio.default_guidance(), step=0.1, label='Guidance',
             interactive=low < high,
         ),
-        'count': lambda: gr.Slider(2, MAX_IMAGES, value=4, step=1, label='Images'),
+        'count': lambda least=1: gr.Slider(
+            least, MAX_IMAGES, value=4, step=1, label='Images'
+        ),
     }  # fmt: skip
 
     def tab(title: str, names: list[str], make, about: str, **changes):
@@ -314,6 +318,7 @@ def make_page(studio: Studio):
                 ['label', 'seed', 'last_seed', 'steps', 'guidance', 'count'],
                 studio.between,
                 'Images of the noises between those of two seeds.',
+                count=lambda: fields['count'](2),
             )
         page.load(first[0], first[1], first[2], concurrency_id='model', api_name=False)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
@@ -356,7 +361,7 @@ def run_flags():
         allowed_paths=[str(studio.folder)], max_file_size='1kb', ssr_mode=False,
         # Fonts of this machine: the usual ones are fetched from elsewhere.
         theme=gr.themes.Default(font='system-ui', font_mono='monospace'),
-        footer_links=[],
+        footer_links=[], css=QUIET,
     )  # fmt: skip
 
 
