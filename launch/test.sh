@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests. Arguments are passed on to pytest, such as
-# -m slow for the long ones or tests/test_sit.py. PARITY=1 installs the originals too
-# that some networks are compared with (tests/requirements.txt); without them these
+# Sets up the environment and runs the tests, two files at a time. With arguments, which
+# are passed on to pytest, one after the other: tests/test_sit.py, or -m slow for the
+# long ones. PARITY=1 installs tests/requirements.txt too: the originals that some
+# networks are compared with, and what the notebook and the page need; without it their
 # tests are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -14,6 +15,9 @@ if [ -n "${PARITY:-}" ] &&
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --no-deps 'torch-fidelity>=0.4,<0.5'
   cp tests/requirements.txt .venv/installed-tests-requirements.txt
+fi
+if [ $# -eq 0 ]; then
+  set -- --numprocesses=2 --dist=loadfile
 fi
 echo "tests: python -m pytest $*"
 exec .venv/bin/python -m pytest "$@"

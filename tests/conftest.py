@@ -13,9 +13,10 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Many tests compile the same program; most of the time would go there. New for each
-# session, and shared with the processes that tests start.
-_CACHE = tempfile.TemporaryDirectory(prefix='ism-jax-tests-')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
+# session, and shared with its workers and the processes that tests start.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix='ism-jax-tests-')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 import jax  # noqa: E402
