@@ -156,7 +156,7 @@ def _settings(examples):
     return hypothesis.settings(max_examples=examples * factor, **SETTINGS)
 
 
-@_settings(40)
+@_settings(25)
 @hypothesis.given(changed())
 def test_every_config_can_be_compiled_or_is_refused_by_name(made):
     method, changes = made
@@ -172,7 +172,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, 'devices', lambda: devices)
 
 
-@_settings(5)
+@_settings(4)
 @hypothesis.given(changed())
 def test_every_config_trains_two_steps_or_is_refused_by_name(
     one_device, tmp_path_factory, made
