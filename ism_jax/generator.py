@@ -167,11 +167,10 @@ class Generator:
         ends = [np.asarray(self._noise(seed)) for seed in seeds]
         noise = slerp(*ends, np.linspace(0, 1, count, dtype=np.float32))
         schedule = self._schedule(steps, schedule, guidance)
-        states = self._sampler.states(
+        images = self._sampler.ends(
             self._run.params, noise, [self._label(label)] * count, guidance=guidance,
             schedule=schedule,
         )  # fmt: skip
-        *_, images = states
         return pictures.to_uint8(images)
 
     @property

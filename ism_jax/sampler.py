@@ -93,6 +93,20 @@ class Sampler:
           ValueError: the schedule is not one that the network was trained for, or the
             method adds noise between steps.
         """
+        yield from map(
+            self._shown, self._walk(params, noise, labels, guidance, schedule)
+        )
+
+    def ends(self, params, noise, labels, *, guidance, schedule) -> jax.Array:
+        """The last of `states`, [N, H, W, C]; nothing before it is decoded."""
+        *_, x = self._walk(params, noise, labels, guidance, schedule)
+        return self._shown(x)
+
+    def _shown(self, x):
+        return x if self._decode is None else self._decode(x)
+
+    def _walk(self, params, noise, labels, guidance, schedule):
+        """`states`, as the network sees them."""
         if not self.is_deterministic:
             raise ValueError(
                 'this method adds noise between steps: there is no path to follow'
@@ -101,11 +115,11 @@ class Sampler:
         label = np.asarray(labels, np.int32)
         w = np.full(len(label), guidance, np.float32)
         x = noise
-        yield x if self._decode is None else self._decode(x)
+        yield x
         for i in range(len(times)):
             one = slice(i, i + 1)  # A step at a time: one program for all schedules.
             x = self._run_from(params, x, label, w, times[one], sizes[one])
-            yield x if self._decode is None else self._decode(x)
+            yield x
 
     def batches(
         self,
@@ -145,8 +159,7 @@ class Sampler:
             images = self._run(
                 params, key, *jax.device_put((numbers, padded, w), split), times, sizes
             )
-            if self._decode is not None:
-                images = self._decode(images)
+            images = self._shown(images)
             if not images.is_fully_addressable:
                 images = distributed.to_host(images)
             yield images[: len(label)], label
