@@ -397,8 +397,7 @@ def _guided_samples(subject: Subject, strengths, num: int) -> np.ndarray:
 
 def _sample_noise(subject: Subject, num: int) -> jax.Array:
     """The noises that the sampler starts from."""
-    key = jax.random.key(subject.seed)
-    return interpolant.sample_noise(key, jnp.arange(num), subject.sampler.image_shape)
+    return subject.sampler.noise(jax.random.key(subject.seed), np.arange(num))
 
 
 def diagnose_frequencies(subject: Subject, num: int) -> report.Section:
