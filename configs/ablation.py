@@ -9,7 +9,6 @@ small enough for two CPU cores.
 """
 
 from ism_jax import config as config_lib
-from ism_jax import recipes
 
 # The other systems, with the options that are not their defaults: the same guidance as
 # SM where it is part of the training, and the deviation of these images.
@@ -20,8 +19,8 @@ SYSTEMS = {
     'meanflow': {'guidance': 0.5},
     'alpha_flow': {'guidance': 0.5},
 }
-RUNGS = recipes.RUNGS
-RECIPES = (*recipes.RUNGS, *recipes.REMOVALS, *SYSTEMS)
+RUNGS = config_lib.RUNGS
+RECIPES = (*config_lib.RUNGS, *config_lib.REMOVALS, *SYSTEMS)
 
 
 def get_config(arg: str = ''):
@@ -58,4 +57,4 @@ def _use_recipe(c, recipe: str) -> None:
             # Not the source's 1000: FD 7.3 in one step in place of 152 (one seed).
             c.model.time_scale = 1.0
         return
-    recipes.use(c, recipe)
+    config_lib.use_rung(c, recipe)

@@ -19,7 +19,6 @@ CPU cores. `:+sot,B/2` is smaller, `:+sot,runlocal` takes a minute on a CPU.
 """
 
 from ism_jax import config as config_lib
-from ism_jax import recipes
 
 
 def get_config(arg: str = ''):
@@ -29,5 +28,5 @@ def get_config(arg: str = ''):
     recipe, _, rest = arg.partition(',')
     if recipe == 'runlocal':
         recipe, rest = '', recipe
-    recipes.use(c, recipe or 'ism')
+    config_lib.use_rung(c, recipe or 'ism')
     return config_lib.with_argument(c, rest)

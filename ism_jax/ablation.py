@@ -36,21 +36,18 @@ import subprocess
 import sys
 import time
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
 from matplotlib import figure as figures
 from matplotlib import ticker
 import numpy as np
 
-from ism_jax import build
-from ism_jax import command_line
 from ism_jax import config as config_lib
-from ism_jax import files
-from ism_jax import provenance
+from ism_jax import experiment
 from ism_jax.data import sources
-from ism_jax.evaluate import SampleScorer
-from ism_jax.metrics import scores
+from ism_jax.evaluation import scores
+from ism_jax.evaluation.sample_scorer import SampleScorer
+from ism_jax.runtime import command_line, files, provenance
 from ism_jax.train import train
 
 # Guidance is chosen for up to so many steps; more take the choice of these.
@@ -112,12 +109,12 @@ def run_recipe(config, workdir: Path, cache_dir: Path) -> list[dict]:
     source = sources.make_source(
         config.data.source, **config_lib.source_options(config)
     )
-    model = build.make_model(config, len(source.class_names))
+    model = experiment.make_model(config, len(source.class_names))
     objective = config_lib.make_objective(config, len(source.class_names))
-    sampler = build.make_sampler(
+    sampler = experiment.make_sampler(
         config,
         objective,
-        lambda params, *inputs: build.apply_model(model, params, *inputs),
+        lambda params, *inputs: experiment.apply_model(model, params, *inputs),
         source.image_shape,
         batch_size=config.sample.batch_size,
     )

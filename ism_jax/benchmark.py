@@ -19,34 +19,20 @@ import json
 import time
 from typing import Any
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 import optax
 
-from ism_jax import build
-from ism_jax import command_line
 from ism_jax import config as config_lib
-from ism_jax import ema
-from ism_jax import files
-from ism_jax import flops
-from ism_jax import plan
-from ism_jax import provenance
-from ism_jax import schedule
-from ism_jax import sharding
-from ism_jax import train
-from ism_jax import train_state
-from ism_jax import train_step
+from ism_jax import cost, experiment
 from ism_jax.data import sources
-from ism_jax.models import dinov2
-from ism_jax.models import efficientnet_lite
-from ism_jax.models import inception
-from ism_jax.models import named_tensors
-from ism_jax.models import sit
-from ism_jax.models import vae
+from ism_jax.method import loss_distance, time_grid
+from ism_jax.models import dinov2, efficientnet_lite, inception, named_tensors, sit, vae
+from ism_jax.runtime import command_line, files, provenance, sharding
+from ism_jax.training import ema, paired_pool, train_state
 
 # Fields outside data and mesh that change what a step is given.
 DATA_OF_A_STEP = ('seed', 'train.batch_size', 'transport.batches', 'transport.enabled')
@@ -69,8 +55,8 @@ def take_turns(
 
 def trees(config, source, mesh):
     """The optimizer, a fresh state and its shardings."""
-    model = build.make_model(config, len(source.class_names))
-    tx = build.make_optimizer(config)
+    model = experiment.make_model(config, len(source.class_names))
+    tx = experiment.make_optimizer(config)
     state, shardings = train_state.create(
         lambda: sit.init_params(model, source.image_shape, jax.random.key(0)),
         tx, mesh, twin_ema=config.ema.twin,
@@ -86,7 +72,7 @@ def stepper(config, source, mesh, pool, seed_key):
       took to compile; and bytes that it takes on a device, where XLA tells.
     """
     _, state, shardings = trees(config, source, mesh)
-    step = build.compiled_step(config, source, mesh, shardings)
+    step = experiment.compiled_step(config, source, mesh, shardings)
     lowered = step.lower(state, pool, seed_key)
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -108,9 +94,9 @@ def stepper(config, source, mesh, pool, seed_key):
 def parts_of_a_step(config, source, mesh, pool, seed_key) -> dict[str, Callable]:
     """Parts of a train step, each by itself."""
     tx, state, shardings = trees(config, source, mesh)
-    model = build.make_model(config, len(source.class_names))
-    distance = build.make_distance(config, source)
-    batch = jax.jit(train_step.pool_batch)(pool, state.step, seed_key)
+    model = experiment.make_model(config, len(source.class_names))
+    distance = experiment.make_distance(config, source)
+    batch = jax.jit(paired_pool.pool_batch)(pool, state.step, seed_key)
 
     def gradient_of(name, distance):
         """Of the loss of a method."""
@@ -122,7 +108,7 @@ def parts_of_a_step(config, source, mesh, pool, seed_key) -> dict[str, Callable]
 
         def loss(params, target_params):
             return objective(
-                functools.partial(build.apply_model, model), params, target_params,
+                functools.partial(experiment.apply_model, model), params, target_params,
                 batch, seed_key, distance=distance, progress=0.5,
             )[0]  # fmt: skip
 
@@ -144,7 +130,7 @@ def parts_of_a_step(config, source, mesh, pool, seed_key) -> dict[str, Callable]
     of_distance = jax.jit(jax.grad(lambda e: distance(e)[0].mean()))
     return {
         'gradient of the loss': gradient_of(config.objective.name, distance),
-        'gradient of flow matching': gradient_of('flow_matching', build.squared_error),
+        'gradient of flow matching': gradient_of('flow_matching', loss_distance.squared_error),
         'distance and its gradient': functools.partial(of_distance, error),
         'optimizer': functools.partial(
             jax.jit(update), state.params, state.opt_state
@@ -178,10 +164,10 @@ def measure(config, rounds: int, changes: Sequence[str] = ()) -> dict[str, Any]:
     num_classes = len(source.class_names)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     seed_key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
-    batches = build.pool_batches(config)
-    loader = build.make_loader(config, source, batches=batches)
-    couple = build.make_coupling(config, mesh, num_classes)
-    pool, _ = train.next_pool(loader, couple, mesh, seed_key)
+    batches = experiment.pool_batches(config)
+    loader = experiment.make_loader(config, source, batches=batches)
+    couple = experiment.make_coupling(config, mesh, num_classes)
+    pool, _ = paired_pool.next_pool(loader, couple, mesh, seed_key)
     parts = (source, mesh, pool, seed_key)
 
     step, compile_seconds, size = stepper(config, *parts)
@@ -205,7 +191,7 @@ def measure(config, rounds: int, changes: Sequence[str] = ()) -> dict[str, Any]:
         labels = pool.labels.reshape(number)
         candidates['transport of a pool'] = lambda: couple(data, labels, seed_key)
     candidates['input of a pool, waited for'] = lambda: next(loader).images
-    unhidden = build.make_loader(config, source, batches=batches)
+    unhidden = experiment.make_loader(config, source, batches=batches)
 
     def read():
         # Nothing of another pool was read ahead of time.
@@ -233,7 +219,7 @@ def measure(config, rounds: int, changes: Sequence[str] = ()) -> dict[str, Any]:
     place = [r['name'] for r in rows].index('gradient of flow matching') + 1
     rows.insert(place, row('their difference: teacher, distance', teacher, first))
 
-    operations = plan.make_plan(config, mesh.size, num_classes).flops_per_step
+    operations = cost.make_plan(config, mesh.size, num_classes).flops_per_step
     peak = ceiling_flops / seconds['matrix product']
     return {
         'rows': rows,
@@ -268,10 +254,10 @@ def changed(config, change: str):
 def sampling(config, source, mesh) -> dict[str, Callable]:
     """A batch of samples, at each number of steps of the config."""
     num_classes = len(source.class_names)
-    model = build.make_model(config, num_classes)
-    sampler = build.make_sampler(
+    model = experiment.make_model(config, num_classes)
+    sampler = experiment.make_sampler(
         config, config_lib.make_objective(config, num_classes),
-        functools.partial(build.apply_model, model), source.image_shape,
+        functools.partial(experiment.apply_model, model), source.image_shape,
         batch_size=config.sample.batch_size, mesh=mesh,
     )  # fmt: skip
     params = sit.init_params(model, source.image_shape, jax.random.key(0))
@@ -281,7 +267,7 @@ def sampling(config, source, mesh) -> dict[str, Callable]:
     def sample(steps):
         return [images for images, _ in sampler.batches(
             params, jax.random.key(0), many, guidance=config.sample.guidance[0],
-            schedule=schedule.dyadic_schedule(steps, sampler.base_steps),
+            schedule=time_grid.dyadic_schedule(steps, sampler.base_steps),
         )]  # fmt: skip
 
     return {
@@ -352,7 +338,7 @@ def measure_networks(
         {
             'name': name,
             'images_per_second': batch_size / float(np.median(seconds[name])),
-            'teraflops': flops.count(function, *args)
+            'teraflops': cost.count_flops(function, *args)
             / float(np.median(seconds[name])) / 1e12,
         }
         for name, (function, *args) in calls.items()

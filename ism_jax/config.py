@@ -15,10 +15,10 @@ from typing import Any
 import ml_collections
 
 from ism_jax import objectives
-from ism_jax import optimizer
-from ism_jax import schedule
-from ism_jax import wavelet
+from ism_jax.method import time_grid, wavelet
 from ism_jax.models import sit
+from ism_jax.objectives import base
+from ism_jax.training import optimizer
 
 
 def default() -> ml_collections.ConfigDict:
@@ -224,6 +224,46 @@ def _apply_argument(config, argument: str) -> None:
         )
 
 
+# The rows of the paper's table after `sm`, each the row before and one part more.
+PARTS = {
+    '+intrinsic_guidance': 'intrinsic_guidance',
+    '+interval': 'interval',
+    '+wavelet': 'wavelet',
+    '+sot': 'sot',
+    'ism': 'twin_ema',
+}
+RUNGS = ('sm', *PARTS)
+# Full iSM without one part. Without intrinsic guidance it trains SM's loss.
+REMOVALS = tuple(f'ism-{part}' for part in PARTS.values())
+
+
+def use_rung(config, recipe: str) -> None:
+    """Makes `config`, of iSM, train a rung or a removal.
+
+    Raises:
+      ValueError: another name.
+    """
+    if recipe not in (*RUNGS, *REMOVALS):
+        raise ValueError(
+            f'recipe {recipe!r} is not one of {", ".join((*RUNGS, *REMOVALS))}'
+        )
+    if recipe == 'sm':
+        use_objective(config, 'shortcut')
+        return
+    parts = list(PARTS.values())
+    if recipe in PARTS:
+        active = parts[: list(PARTS).index(recipe) + 1]
+    else:
+        active = [part for part in parts if recipe != f'ism-{part}']
+    if 'intrinsic_guidance' in active:
+        config.objective.guidance_interval = 0.3 if 'interval' in active else 0.0
+    else:
+        use_objective(config, 'shortcut')
+    config.wavelet.enabled = 'wavelet' in active
+    config.transport.enabled = 'sot' in active
+    config.ema.twin = 'twin_ema' in active
+
+
 # What may differ when a run is resumed: how long it goes on and what it shows.
 RESUMABLE = (
     'train.steps',
@@ -298,7 +338,7 @@ def objective_defaults(name: str) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({'name': name, **objectives.options(name)})
 
 
-def make_objective(config, num_classes: int) -> objectives.BaseObjective:
+def make_objective(config, num_classes: int) -> base.BaseObjective:
     """The objective that the config describes.
 
     Raises:
@@ -485,7 +525,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             band_variance=variance,
         )
     for number in (*c.sample.steps, *c.log.grid_steps):
-        schedule.dyadic_schedule(number, objective.finest_steps())
+        time_grid.dyadic_schedule(number, objective.finest_steps())
     check_guidance(objective, (*c.sample.guidance, c.log.grid_guidance))
     if c.scores.enabled and c.scores.samples < 100:
         raise ValueError(
@@ -532,7 +572,7 @@ def _validate_batch(c, objective) -> None:
         )
 
 
-def check_guidance(objective: objectives.BaseObjective, values) -> None:
+def check_guidance(objective: base.BaseObjective, values) -> None:
     """Raises ValueError for guidance strengths that the method does not offer."""
     low, high = objective.guidance_range()
     for w in values:

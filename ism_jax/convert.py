@@ -7,14 +7,14 @@
     python -m ism_jax.convert export --workdir runs/quickstart --out nets/mine
 
 Each writes a folder with `model.safetensors` and `config.json` (see
-`ism_jax.portable`), which is the way back too: `ism_jax.sample` and `ism_jax.evaluate`
+`ism_jax.interchange.exported_network`), which is the way back too: `ism_jax.sample` and `ism_jax.evaluate`
 take it as their `--workdir`, and a training starts from it:
 
     python -m ism_jax.train --config configs/x.py --config.train.init_from=nets/sit \\
         --config.model.time_scale=1.0
 
 `export` writes the slow average of a run, bit for bit. What the others compute in our
-network is in `ism_jax.official`: SiT and shortcut models exactly, to rounding; DiT
+network is in `ism_jax.interchange.official`: SiT and shortcut models exactly, to rounding; DiT
 too, but it predicts noise and not a velocity, so it can start a training and nothing
 more. The official networks see latents of sd-vae-ft times 0.18215.
 
@@ -37,19 +37,16 @@ trusts one can write its tensors, in an environment where shortcut-models runs:
 
 from pathlib import Path
 
-from absl import app
-from absl import flags
+from absl import app, flags
 
-from ism_jax import checkpoint
-from ism_jax import command_line
 from ism_jax import config as config_lib
-from ism_jax import official
-from ism_jax import portable
-from ism_jax import schedule
-from ism_jax import tensor_file
+from ism_jax import trained_network
+from ism_jax.interchange import exported_network, official, tensor_file
+from ism_jax.method import time_grid
+from ism_jax.runtime import command_line
 
 
-def convert_sit(path, *, num_heads: int = 0) -> portable.Network:
+def convert_sit(path, *, num_heads: int = 0) -> exported_network.Network:
     """The official SiT in a file.
 
     Args:
@@ -64,7 +61,7 @@ def convert_sit(path, *, num_heads: int = 0) -> portable.Network:
     return _network(converted, 'flow_matching', _origin('SiT', path, tree))
 
 
-def convert_dit(path, *, num_heads: int = 0) -> portable.Network:
+def convert_dit(path, *, num_heads: int = 0) -> exported_network.Network:
     """The official DiT in a file, which predicts noise; see `convert_sit`."""
     tensors, tree = tensor_file.read(path)
     converted = _named(path, official.from_dit, tensors, num_heads)
@@ -79,7 +76,7 @@ def convert_shortcut(
     base_steps: int = 128,
     guidance: float = 0.5,
     num_heads: int = 0,
-) -> portable.Network:
+) -> exported_network.Network:
     """The official shortcut model in a file of tensors.
 
     Args:
@@ -100,7 +97,7 @@ def convert_shortcut(
             'read; python -m ism_jax.convert --help says how to write the tensors of '
             'one that you trust'
         )
-    schedule.check_base_steps(base_steps, '--base_steps')
+    time_grid.check_base_steps(base_steps, '--base_steps')
     tensors, tree = tensor_file.read(path)
     converted = _named(
         path, official.from_shortcut, tensors, image_size=image_size,
@@ -112,7 +109,7 @@ def convert_shortcut(
     )
 
 
-def export(workdir, step: int | None = None) -> portable.Network:
+def export(workdir, step: int | None = None) -> exported_network.Network:
     """The slow average of a run.
 
     Args:
@@ -122,10 +119,10 @@ def export(workdir, step: int | None = None) -> portable.Network:
     Raises:
       ValueError: there is no run, or no such checkpoint.
     """
-    if portable.exists(workdir):
+    if exported_network.exists(workdir):
         raise ValueError(f'{workdir} is portable already; copy the folder')
-    run = checkpoint.load_run(workdir, step)
-    return portable.Network(
+    run = trained_network.load(workdir, step)
+    return exported_network.Network(
         config=run.config, params=run.params, step=run.step,
         class_names=run.class_names, image_shape=run.image_shape,
         origin=f'ism_jax, {run.config.objective.name}, slow average',
@@ -145,7 +142,7 @@ def _origin(kind: str, path, tree: str) -> str:
 
 def _network(
     converted: official.Converted, method: str, origin: str, **options
-) -> portable.Network:
+) -> exported_network.Network:
     """With a config from which it can be sampled; its data are not known."""
     config = config_lib.default()
     config.data.update(
@@ -155,7 +152,7 @@ def _network(
     config.model.update(converted.model)
     config_lib.use_objective(config, method, **options)
     config_lib.validate(config)
-    return portable.Network(
+    return exported_network.Network(
         config=config,
         params=converted.params,
         step=0,
@@ -195,9 +192,9 @@ def run_command(name: str) -> None:
     network = make(
         FLAGS[source].value, **{option: FLAGS[option].value for option in options}
     )
-    portable.write(FLAGS.out, network)
+    exported_network.write(FLAGS.out, network)
     print(f'wrote {network.origin}, which predicts {network.predicts}, to {FLAGS.out}/')
-    fields = [f for f in portable.FUNCTION_FIELDS if f in network.config.model]
+    fields = [f for f in exported_network.FUNCTION_FIELDS if f in network.config.model]
     print(
         f'train from it with --config.train.init_from={FLAGS.out} '
         + ' '.join(f'--config.model.{f}={network.config.model[f]}' for f in fields)

@@ -21,15 +21,13 @@ import tempfile
 import threading
 import time
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import numpy as np
 
-from ism_jax import command_line
 from ism_jax import generator
-from ism_jax import images as pictures
-from ism_jax import sample
-from ism_jax import schedule as schedules
+from ism_jax.method import time_grid
+from ism_jax.runtime import command_line
+from ism_jax.sampling import image_grid
 
 MAX_IMAGES = 16
 SHOWN_SIDE = 128  # Pixels; smaller images are shown larger.
@@ -161,7 +159,7 @@ class Studio:
     def save(self, made: Made) -> str:
         """Writes the picture, with its settings in it; returns the path."""
         path = self.folder / f'ism_jax_{time.time_ns()}.png'
-        pictures.write_png(path, made.image, made.settings)
+        image_grid.write_png(path, made.image, made.settings)
         # Those that a page still shows are among the last.
         for old in sorted(self.folder.glob('ism_jax_*.png'))[:-256]:
             old.unlink(missing_ok=True)
@@ -171,7 +169,7 @@ class Studio:
         started = time.perf_counter()
         images = make()
         seconds = time.perf_counter() - started
-        image = pictures.grid(images, min(len(images), 9), scale=self._scale)
+        image = image_grid.grid(images, min(len(images), 9), scale=self._scale)
         return Made(image, about, seconds, len(images))
 
     def _about(self, label, seed, guidance) -> dict:
@@ -187,18 +185,18 @@ class Studio:
         base_steps = self.model.base_steps
         if schedule.strip():
             try:
-                chosen = sample.parse_numbers(schedule[:MAX_TEXT], float)
+                chosen = command_line.parse_numbers(schedule[:MAX_TEXT], float)
             except ValueError as error:
                 raise FieldError(
                     'schedule', 'is not a list of numbers such as 0.5,0.25,0.25'
                 ) from error
             try:
-                schedules.check_schedule(chosen, base_steps)
+                time_grid.check_schedule(chosen, base_steps)
             except ValueError as error:
                 raise FieldError('schedule', str(error)[:MAX_MESSAGE]) from error
             return {'schedule': chosen}
         steps = _bounded('steps', steps, 1, base_steps)
-        return {'schedule': schedules.dyadic_schedule(steps, base_steps)}
+        return {'schedule': time_grid.dyadic_schedule(steps, base_steps)}
 
     def _label(self, label, number: int):
         if label == ANY_CLASS:

@@ -1,7 +1,7 @@
 """Diagnoses a run: `python -m ism_jax.diagnose --workdir runs/quickstart`.
 
 Looks for the five faults of shortcut models (iSM, arXiv 2510.21250) with the numbers
-of `ism_jax.diagnostics` and writes `report.html` into the workdir: one file, with a
+of `ism_jax.diagnosis.diagnostics` and writes `report.html` into the workdir: one file, with a
 table of what was found and a section with a plot for each fault. What does not apply
 to the run's method says so.
 
@@ -16,31 +16,23 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ism_jax import build
-from ism_jax import checkpoint
-from ism_jax import closed_form
-from ism_jax import command_line
 from ism_jax import config as config_lib
-from ism_jax import diagnostics
-from ism_jax import files
-from ism_jax import interpolant
-from ism_jax import objectives
-from ism_jax import report
-from ism_jax import schedule
-from ism_jax import sharding
-from ism_jax import train
-from ism_jax import train_step
-from ism_jax import transport
+from ism_jax import experiment, trained_network
 from ism_jax.data import sources
+from ism_jax.diagnosis import diagnostics, report
+from ism_jax.method import gaussian_flow, interpolant, random_streams, time_grid
 from ism_jax.models import sit
-from ism_jax.sampler import Sampler
+from ism_jax.objectives import base
+from ism_jax.runtime import command_line, files, sharding
+from ism_jax.sampling.sampler import Sampler
+from ism_jax.training import checkpoint, paired_pool
+from ism_jax.transport import coupling
 
 # Where a method sets no limit, responses are looked at up to here (the paper's w_max).
 GUIDANCE_MAX = 3.5
@@ -72,7 +64,7 @@ class Subject(NamedTuple):
     """
 
     name: str
-    objective: objectives.BaseObjective
+    objective: base.BaseObjective
     sampler: Sampler
     params: Any
     velocity: Callable[..., jax.Array]
@@ -102,7 +94,7 @@ class Subject(NamedTuple):
         """Samples of the labels of the data, [num, H, W, C]; always the same noise."""
         batches = self.sampler.batches(
             self.params, jax.random.key(self.seed), self.label[:num], guidance=w,
-            schedule=schedule.dyadic_schedule(steps, self.objective.finest_steps()),
+            schedule=time_grid.dyadic_schedule(steps, self.objective.finest_steps()),
         )  # fmt: skip
         return np.concatenate([np.asarray(images) for images, _ in batches])
 
@@ -130,7 +122,7 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     Raises:
       ValueError: no run, no such checkpoint, its data are missing.
     """
-    run = checkpoint.load_run(workdir, step)
+    run = trained_network.load(workdir, step)
     config = run.config
     num_classes = len(run.class_names)
     objective = config_lib.make_objective(config, num_classes)
@@ -142,7 +134,7 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     return Subject(
         name=config.objective.name,
         objective=objective,
-        sampler=build.make_sampler(
+        sampler=experiment.make_sampler(
             config, objective, run.apply, run.image_shape,
             batch_size=min(config.sample.batch_size, samples),
         ),
@@ -155,7 +147,7 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     ), run.step  # fmt: skip
 
 
-def load_averages(workdir, run: checkpoint.Run) -> dict[str, Any]:
+def load_averages(workdir, run: trained_network.TrainedNetwork) -> dict[str, Any]:
     """Online parameters and averages of a checkpoint: {'online', 'target', 'infer'}.
 
     Without a second average 'target' is missing: 'infer' makes the targets too.
@@ -198,21 +190,21 @@ def _paired_data(config, num_classes: int, samples: int):
     source = sources.make_source(
         config.data.source, **config_lib.source_options(config)
     )
-    batches = build.pool_batches(config)
+    batches = experiment.pool_batches(config)
     if not config.transport.enabled:
         batches = max(1, math.ceil(samples / config.train.batch_size))
     # Of one device: pairings do not depend on the mesh, and this serves any.
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
     key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
-    couple = build.make_coupling(config, mesh, num_classes)
-    loader = build.make_loader(config, source, batches=batches)
+    couple = experiment.make_coupling(config, mesh, num_classes)
+    loader = experiment.make_loader(config, source, batches=batches)
     size = batches * config.train.batch_size
     parts = []
     try:
         for _ in range(math.ceil(samples / size)):
-            pool, _ = train.next_pool(loader, couple, mesh, key)
-            noise = transport.pool_noise(
-                train_step.stream(key, train_step.NOISE, pool.number),
+            pool, _ = paired_pool.next_pool(loader, couple, mesh, key)
+            noise = coupling.pool_noise(
+                random_streams.stream(key, random_streams.NOISE, pool.number),
                 pool.noise_index.reshape(size),
                 pool.images.shape[2:],
             )
@@ -511,7 +503,7 @@ def _consistency_errors(subject: Subject) -> dict[float, dict[float, float]]:
     for w in sorted({low, (low + high) / 2, high}):
         rng = np.random.default_rng(subject.seed)  # The same points for every w.
         errors[w] = {}
-        for steps in 2 ** np.arange(1, schedule.num_levels(base) + 1):
+        for steps in 2 ** np.arange(1, time_grid.num_levels(base) + 1):
             start = diagnostics.aligned_times(rng, label.shape[0], int(steps), base)
             t, whole = objective.clip_step(
                 jnp.asarray(start), jnp.full(start.shape, steps / base, jnp.float32)
@@ -551,9 +543,9 @@ def _lags(subject: Subject, params, online) -> dict[str, float]:
     return lags
 
 
-def follows_paths(objective: objectives.BaseObjective) -> bool:
+def follows_paths(objective: base.BaseObjective) -> bool:
     """Whether samples move along a path, without noise that is added on the way."""
-    own = type(objective).sample is not objectives.BaseObjective.sample
+    own = type(objective).sample is not base.BaseObjective.sample
     return not own or getattr(objective, 'sampler', '') == 'pushforward'
 
 
@@ -585,7 +577,7 @@ def diagnose_paths(subject: Subject) -> report.Section:
     clipped = [
         objective.clip_step(t, d)
         for t, d in zip(
-            *schedule.times_and_sizes(schedule.dyadic_schedule(base, base), base)
+            *time_grid.times_and_sizes(time_grid.dyadic_schedule(base, base), base)
         )
     ]
     times, steps = np.asarray(clipped, np.float32).T
@@ -657,7 +649,7 @@ def closed_form_compounding(
     rng = np.random.default_rng(0)
     spread = math.sqrt(max(DATA_STD**2 - class_std**2, 0.01))
     means = spread * rng.normal(size=(NUM_CLASSES, *CLOSED_FORM_SHAPE))
-    flow = closed_form.GaussianFlow(
+    flow = gaussian_flow.GaussianFlow(
         means.astype(np.float32), class_std=class_std, data_std=DATA_STD
     )
     label = jnp.arange(CLOSED_FORM_SAMPLES, dtype=jnp.int32) % NUM_CLASSES

@@ -11,7 +11,7 @@ slow average. Writes `scores.json` into the workdir.
         --metrics fid,sfid,is,pr,kid,fd_dinov2 --steps 1,2,4,8,128 --guidance 1.5 \\
         --reference /data/VIRTUAL_imagenet256_labeled.npz
 
-With `--metrics` (`ism_jax/metrics/measures.py` lists them), as in the literature:
+With `--metrics` (`ism_jax/evaluation/metrics.py` lists them), as in the literature:
 50,000 samples of each cell. Weights of Inception are fetched, or read from
 `--inception`; those of DINOv2 come from the hub or a folder, those of EfficientNet from
 a package.
@@ -27,134 +27,31 @@ other, by `--process_index` and `--process_count`. Results are in
 scores images of another program: an NPZ file in ADM's layout, or a folder.
 """
 
-from collections.abc import Callable, Sequence
-import json
-import operator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
-import numpy as np
 
-from ism_jax import build
-from ism_jax import cells
-from ism_jax import checkpoint
-from ism_jax import command_line
 from ism_jax import config as config_lib
-from ism_jax import distributed
-from ism_jax import sample
-from ism_jax import schedule
+from ism_jax import experiment, trained_network
 from ism_jax.data import sources
-from ism_jax.metrics import classifier
-from ism_jax.metrics import feature_network
-from ism_jax.metrics import measures
-from ism_jax.metrics import real_images
-from ism_jax.metrics import reference
-from ism_jax.metrics import scores
-from ism_jax.sampler import Sampler
-
-# Real images that are looked at: enough for 64 features, and in memory at once.
-MAX_REAL_IMAGES = 20_000
-
-
-class SampleScorer:
-    """Scores samples against the images of a source.
-
-    Args:
-      source: see `ism_jax.data.sources`.
-      sampler: makes the samples.
-      cache_dir: where the classifier is kept.
-      seed: of the samples' noise and of the choice of real images.
-      show: is told in words what is done.
-
-    Attributes:
-      floor: scores of held-out real images, against the same reference.
-    """
-
-    def __init__(
-        self, source, sampler: Sampler, *, cache_dir, seed: int,
-        show: Callable[[str], Any] = print,
-    ):  # fmt: skip
-        order = np.random.default_rng(seed).permutation(len(source))[:MAX_REAL_IMAGES]
-        records = [source[int(index)] for index in order]
-        images = np.stack([record['image'] for record in records])
-        labels = np.asarray([record['label'] for record in records])
-        self.num_classes = len(source.class_names)
-        features = classifier.load_or_train(
-            images,
-            labels,
-            num_classes=self.num_classes,
-            cache_dir=cache_dir,
-            report=show,
-        )
-        reference, held_out = classifier.split(len(images))
-        statistics = scores.reference_statistics(features, images[reference])
-        self._evaluator = scores.Evaluator(features, statistics)
-        self.floor = self._evaluator.evaluate([(images[held_out], labels[held_out])])
-        self.reference = f'{len(reference):,} real images of {source!r}'
-        self._sampler = sampler
-        self._seed = seed
-
-    def __call__(
-        self,
-        params,
-        *,
-        steps: int,
-        guidance: float,
-        samples: int,
-        noise_seed: int | None = None,
-    ) -> dict:
-        """Scores one setting; every class is sampled equally often.
-
-        `noise_seed` is of the samples' noise, where it is not the scorer's seed.
-        """
-        batches = self._sampler.batches(
-            params,
-            jax.random.key(self._seed if noise_seed is None else noise_seed),
-            np.arange(samples) % self.num_classes,
-            guidance=guidance,
-            schedule=schedule.dyadic_schedule(steps, self._sampler.base_steps),
-        )
-        record = {'steps': steps, 'guidance': guidance}
-        return record | self._evaluator.evaluate(batches)
+from ism_jax.evaluation import (
+    feature_network,
+    metrics,
+    protocol,
+    real_images,
+    reference_statistics,
+    sample_scorer,
+    scores,
+)
+from ism_jax.runtime import command_line, distributed
+from ism_jax.sampling.sampler import Sampler
 
 
-def evaluate(
-    scorer: SampleScorer,
-    params,
-    *,
-    trained_steps: int,
-    steps: Sequence[int],
-    guidance: Sequence[float],
-    samples: int,
-    workdir,
-    show: Callable[[str], Any] = print,
-) -> list[dict]:
-    """Scores every pair of steps and guidance; shows a table, writes scores.json.
-
-    Records of earlier evaluations stay in the file, but for those of the same cell,
-    number of samples and `trained_steps`, the training steps of `params`.
-    """
-    records = [
-        scorer(params, steps=number, guidance=float(w), samples=samples)
-        | {'trained_steps': trained_steps}
-        for number in steps
-        for w in guidance
-    ]
-    path = Path(workdir) / 'scores.json'
-    earlier = json.loads(path.read_text()) if path.exists() else []
-    cell = operator.itemgetter('trained_steps', 'samples', 'steps', 'guidance')
-    again = {cell(record) for record in records}
-    kept = [record for record in earlier if cell(record) not in again]
-    scores.write_records(path, kept + records)
-    table = scores.format_table(records, floor=scorer.floor, reference=scorer.reference)
-    show(f'\n{table}\n')
-    return records
-
-
-def load_judges(names: Sequence[str], source, image_size: int | None) -> cells.Judges:
+def load_judges(
+    names: Sequence[str], source, image_size: int | None
+) -> protocol.Judges:
     """Networks and references as the command line says.
 
     Args:
@@ -176,15 +73,15 @@ def load_judges(names: Sequence[str], source, image_size: int | None) -> cells.J
             FLAGS.efficientnet or None, batch_size=FLAGS.network_batch_size
         ),
     }  # fmt: skip
-    needed = measures.networks(names)
+    needed = metrics.networks(names)
     place = open_reference(source, image_size)
     networks = {name: load[name]() for name in needed}
     size = image_size if isinstance(place, Path) and place.is_dir() else None
-    return cells.Judges(
+    return protocol.Judges(
         tuple(names),
         networks,
         {
-            name: reference.load_or_compute(
+            name: reference_statistics.load_or_compute(
                 place, network, cache_dir=cache, image_size=size, report=print
             )
             for name, network in networks.items()
@@ -214,30 +111,30 @@ def open_reference(source, image_size: int | None):
 
 def run_images():
     """Scores `--images`."""
-    names = sample.parse_list(FLAGS.metrics)
-    measures.networks(names)
+    names = command_line.parse_list(FLAGS.metrics)
+    metrics.networks(names)
     images = real_images.open_images(FLAGS.images)
     judges = load_judges(names, None, None)
-    record = cells.evaluate_images(images, judges)
+    record = protocol.evaluate_images(images, judges)
     path = Path(FLAGS.out or 'evaluation') / 'images.json'
     scores.write_records(path, [record])
-    print(f'\n{cells.table([record])}\n\nwrote {path}')
+    print(f'\n{protocol.table([record])}\n\nwrote {path}')
 
 
 def run_cells(run, sampler: Sampler, steps, guidance):
     """Scores a run by `--metrics`."""
-    names = sample.parse_list(FLAGS.metrics)
-    measures.networks(names)
+    names = command_line.parse_list(FLAGS.metrics)
+    metrics.networks(names)
     source = None if FLAGS.reference else source_of(run)
     judges = load_judges(names, source, sampler.shown_shape()[0])
     out = Path(FLAGS.out or Path(FLAGS.workdir) / 'evaluation')
-    records = cells.evaluate_cells(
+    records = protocol.evaluate_cells(
         run, sampler, judges, steps=steps, guidance=guidance,
         samples=FLAGS.samples or 50_000, labels=FLAGS.labels, seed=FLAGS.seed, out=out,
-        keep=sample.parse_list(FLAGS.keep), **distributed.share_by_flags(FLAGS),
+        keep=command_line.parse_list(FLAGS.keep), **distributed.share_by_flags(FLAGS),
     )  # fmt: skip
     if records is not None:
-        print(f'\n{cells.table(records)}\n\nwrote {out}/records.json')
+        print(f'\n{protocol.table(records)}\n\nwrote {out}/records.json')
 
 
 def run_classifier(run, sampler: Sampler, steps, guidance):
@@ -250,14 +147,16 @@ def run_classifier(run, sampler: Sampler, steps, guidance):
             'samples, such as --metrics fid,is --reference tfds:imagenet2012'
         )
     config = run.config
-    scorer = SampleScorer(source, sampler, cache_dir=FLAGS.workdir, seed=config.seed)
-    evaluate(
+    scorer = sample_scorer.SampleScorer(
+        source, sampler, cache_dir=FLAGS.workdir, seed=config.seed
+    )
+    sample_scorer.score_settings(
         scorer, run.params, trained_steps=run.step, steps=steps, guidance=guidance,
         samples=FLAGS.samples or config.scores.samples, workdir=FLAGS.workdir,
     )  # fmt: skip
 
 
-def source_of(run: checkpoint.Run) -> sources.Source | None:
+def source_of(run: trained_network.TrainedNetwork) -> sources.Source | None:
     """The images that a run was trained on, if its config names such."""
     if not run.config.data.source or run.config.data.source.startswith('latents:'):
         return None
@@ -278,12 +177,14 @@ def run_flags():
         )
     if FLAGS.images:
         return run_images()
-    run = checkpoint.load_run(FLAGS.workdir, FLAGS.step)
+    run = trained_network.load(FLAGS.workdir, FLAGS.step)
     objective = config_lib.make_objective(run.config, len(run.class_names))
-    steps = sample.parse_numbers(FLAGS.steps, int) or run.config.sample.steps
-    guidance = sample.parse_numbers(FLAGS.guidance, float) or run.config.sample.guidance
+    steps = command_line.parse_numbers(FLAGS.steps, int) or run.config.sample.steps
+    guidance = (
+        command_line.parse_numbers(FLAGS.guidance, float) or run.config.sample.guidance
+    )
     config_lib.check_guidance(objective, guidance)
-    sampler = build.make_sampler(
+    sampler = experiment.make_sampler(
         run.config, objective, run.apply, run.image_shape,
         batch_size=FLAGS.batch_size or run.config.sample.batch_size,
     )  # fmt: skip
@@ -303,12 +204,15 @@ if __name__ == '__main__':
         0,
         'Of each cell; 0: 50,000, or without --metrics as the config says.',
     )
-    flags.DEFINE_string('metrics', '', f'Such as {",".join(measures.MEASURES)}.')
+    flags.DEFINE_string('metrics', '', f'Such as {",".join(metrics.MEASURES)}.')
     flags.DEFINE_string('reference', '', 'Real images; those of the run by default.')
     flags.DEFINE_string('data_dir', '', "TFDS's folder; '' for its default.")
     flags.DEFINE_string('split', 'train', 'Of a TFDS data set.')
     flags.DEFINE_enum(
-        'labels', 'balanced', cells.LABELS, 'Every class equally often, or at random.'
+        'labels',
+        'balanced',
+        protocol.LABELS,
+        'Every class equally often, or at random.',
     )
     flags.DEFINE_integer('seed', 0, 'Of the noise and of random labels.')
     flags.DEFINE_integer('batch_size', 0, 'Samples at once; 0: as the config says.')

@@ -13,13 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ism_jax import build
-from ism_jax import checkpoint
 from ism_jax import config as config_lib
-from ism_jax import hub
-from ism_jax import images as pictures
-from ism_jax import portable
-from ism_jax import schedule as schedules
+from ism_jax import experiment, trained_network
+from ism_jax.data import pixels
+from ism_jax.interchange import exported_network, hub
+from ism_jax.method import time_grid
 
 # Most samples that are made at once; more come in several batches.
 MAX_BATCH = 64
@@ -38,9 +36,9 @@ def load(path: str | os.PathLike, step: int | None = None) -> 'Generator':
     """
     place = Path(path).expanduser()
     if not place.exists():
-        names = (portable.TENSORS, portable.CONFIG)
+        names = (exported_network.TENSORS, exported_network.CONFIG)
         place = hub.folder(path, names, 'runs/quickstart, organisation/network')
-    return Generator(checkpoint.load_run(place, step))
+    return Generator(trained_network.load(place, step))
 
 
 class Generator:
@@ -57,10 +55,10 @@ class Generator:
       trained_steps: how long it was trained.
     """
 
-    def __init__(self, run: checkpoint.Run):
+    def __init__(self, run: trained_network.TrainedNetwork):
         self._run = run
         self._objective = config_lib.make_objective(run.config, len(run.class_names))
-        self._sampler = build.make_sampler(
+        self._sampler = experiment.make_sampler(
             run.config, self._objective, run.apply, run.image_shape,
             batch_size=MAX_BATCH,
         )  # fmt: skip
@@ -111,7 +109,7 @@ class Generator:
             # Powers of two, so that few sizes are compiled.
             batch_size=min(1 << (len(numbers) - 1).bit_length(), MAX_BATCH),
         )  # fmt: skip
-        return np.concatenate([pictures.to_uint8(images) for images, _ in batches])
+        return np.concatenate([pixels.to_uint8(images) for images, _ in batches])
 
     def path(
         self,
@@ -137,7 +135,7 @@ class Generator:
             self._run.params, self._noise(seed), [self._label(label)],
             guidance=guidance, schedule=self._schedule(steps, schedule, guidance),
         )  # fmt: skip
-        return np.concatenate([pictures.to_uint8(state) for state in states])
+        return np.concatenate([pixels.to_uint8(state) for state in states])
 
     def between(
         self,
@@ -171,7 +169,7 @@ class Generator:
             self._run.params, noise, [self._label(label)] * count, guidance=guidance,
             schedule=schedule,
         )  # fmt: skip
-        return pictures.to_uint8(images)
+        return pixels.to_uint8(images)
 
     @property
     def has_paths(self) -> bool:
@@ -185,8 +183,8 @@ class Generator:
         """Step sizes; refuses a guidance that the method does not offer."""
         config_lib.check_guidance(self._objective, (guidance,))
         if schedule is None:
-            return schedules.dyadic_schedule(steps, self.base_steps)
-        schedules.check_schedule(schedule, self.base_steps)
+            return time_grid.dyadic_schedule(steps, self.base_steps)
+        time_grid.check_schedule(schedule, self.base_steps)
         return tuple(schedule)
 
     def _label(self, label) -> int:

@@ -26,23 +26,19 @@ import sys
 import time
 from typing import Any
 
-from absl import app
-from absl import flags
+from absl import app, flags
 from array_record.python import array_record_module
 import grain
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import tqdm
 
-from ism_jax import command_line
-from ism_jax import distributed
-from ism_jax import files
-from ism_jax import sharding
-from ism_jax.data import latents
-from ism_jax.data import sources
+from ism_jax.data import latents, sources
 from ism_jax.models import vae
+from ism_jax.runtime import command_line, distributed, files, sharding
 
 # Finished shards are described here, until and after the manifest is written.
 PARTS = 'parts'

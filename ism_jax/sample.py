@@ -6,7 +6,7 @@
 Writes `grid.png` (steps by guidance), one PNG for each cell and `samples.npz` with
 `images` [steps, guidance, labels, H, W, C] uint8 and the settings. The same seed shows
 the same noise in every cell. Steps that are no power of two are made of dyadic steps
-(see `ism_jax.schedule.dyadic_schedule`); `--schedule 0.5,0.25,0.25` gives them
+(see `ism_jax.method.time_grid.dyadic_schedule`); `--schedule 0.5,0.25,0.25` gives them
 explicitly. One network call per step, whatever the guidance; samples are made from the
 slow average, `infer`.
 """
@@ -14,37 +14,16 @@ slow average, `infer`.
 import io
 from pathlib import Path
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
 import numpy as np
 
-from ism_jax import build
-from ism_jax import checkpoint
-from ism_jax import command_line
 from ism_jax import config as config_lib
-from ism_jax import files
-from ism_jax import images as pictures
-from ism_jax import schedule as schedules
-
-
-def parse_numbers(text: str, kind) -> tuple:
-    """Numbers of '1,2,4'.
-
-    Raises:
-      ValueError: something that is no number of the kind.
-    """
-    try:
-        return tuple(kind(part) for part in parse_list(text))
-    except ValueError as error:
-        raise ValueError(
-            f'{text!r} is not a list of numbers such as 1,2,4 ({error})'
-        ) from error
-
-
-def parse_list(text: str) -> list[str]:
-    """Words of 'a,b,c'."""
-    return [part.strip() for part in text.split(',') if part.strip()]
+from ism_jax import experiment, trained_network
+from ism_jax.data import pixels
+from ism_jax.method import time_grid
+from ism_jax.runtime import command_line, files
+from ism_jax.sampling import image_grid
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
@@ -77,7 +56,7 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
 
 
 def sample_grid(
-    run: checkpoint.Run, *, schedules_, guidance, labels, seed: int
+    run: trained_network.TrainedNetwork, *, schedules_, guidance, labels, seed: int
 ) -> np.ndarray:
     """Samples for every schedule and guidance.
 
@@ -97,8 +76,8 @@ def sample_grid(
     objective = config_lib.make_objective(run.config, len(run.class_names))
     config_lib.check_guidance(objective, guidance)
     for steps in schedules_:
-        schedules.check_schedule(steps, objective.finest_steps())
-    sampler = build.make_sampler(
+        time_grid.check_schedule(steps, objective.finest_steps())
+    sampler = experiment.make_sampler(
         run.config, objective, run.apply, run.image_shape,
         batch_size=min(run.config.sample.batch_size, len(labels)),
     )  # fmt: skip
@@ -115,7 +94,7 @@ def sample_grid(
 def write_samples(out, images: np.ndarray, schedules_, guidance, labels, settings):
     """Writes the pictures and the NPZ; `images` as of `sample_grid`."""
     out = Path(out)
-    images = pictures.to_uint8(images)
+    images = pixels.to_uint8(images)
     buffer = io.BytesIO()
     np.savez(
         buffer, images=images, labels=labels, guidance=guidance,
@@ -126,33 +105,33 @@ def write_samples(out, images: np.ndarray, schedules_, guidance, labels, setting
     if images.shape[-1] not in (1, 3):
         return  # Latents: the numbers are all there is to see.
     columns = min(10, len(labels))
-    scale = pictures.readable_scale(images.shape[3])
+    scale = image_grid.readable_scale(images.shape[3])
     numbers = [len(steps) for steps in schedules_]
     for i, steps in enumerate(schedules_):
         for j, w in enumerate(guidance):
-            pictures.write_png(
+            image_grid.write_png(
                 out / f'steps_{len(steps)}_guidance_{w:g}.png',
-                pictures.grid(images[i, j], columns, scale=scale),
+                image_grid.grid(images[i, j], columns, scale=scale),
                 settings | {'schedule': steps, 'guidance': w},
             )
-    table = pictures.steps_by_guidance_figure(
+    table = image_grid.steps_by_guidance_figure(
         images, numbers, guidance, columns=min(5, columns), scale=scale
     )
-    pictures.write_png(out / 'grid.png', table, settings)
+    image_grid.write_png(out / 'grid.png', table, settings)
 
 
 def run_flags():
     """Does what the command line says."""
-    run = checkpoint.load_run(FLAGS.workdir, FLAGS.step)
+    run = trained_network.load(FLAGS.workdir, FLAGS.step)
     base_steps = config_lib.make_objective(run.config, 1).finest_steps()
     if FLAGS.schedule:
-        chosen = [parse_numbers(FLAGS.schedule, float)]
+        chosen = [command_line.parse_numbers(FLAGS.schedule, float)]
     else:
         chosen = [
-            schedules.dyadic_schedule(n, base_steps)
-            for n in parse_numbers(FLAGS.steps, int)
+            time_grid.dyadic_schedule(n, base_steps)
+            for n in command_line.parse_numbers(FLAGS.steps, int)
         ]
-    guidance = parse_numbers(FLAGS.guidance, float)
+    guidance = command_line.parse_numbers(FLAGS.guidance, float)
     labels = parse_labels(FLAGS.labels, len(run.class_names))
     images = sample_grid(
         run, schedules_=chosen, guidance=guidance, labels=labels, seed=FLAGS.seed

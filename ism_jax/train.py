@@ -25,35 +25,30 @@ import secrets
 import sys
 from typing import Any
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 import numpy as np
 import tqdm
 
-from ism_jax import build
-from ism_jax import checkpoint
-from ism_jax import command_line
 from ism_jax import config as config_lib
-from ism_jax import distributed
-from ism_jax import files
-from ism_jax import lock
-from ism_jax import plan
-from ism_jax import portable
-from ism_jax import preemption
-from ism_jax import progress
-from ism_jax import schedule
-from ism_jax import sharding
-from ism_jax import train_state
-from ism_jax import train_step
-from ism_jax import watchdog
+from ism_jax import cost, experiment
 from ism_jax.data import sources
-from ism_jax.evaluate import SampleScorer, evaluate
+from ism_jax.evaluation.sample_scorer import SampleScorer, score_settings
+from ism_jax.interchange import exported_network
+from ism_jax.method import random_streams, time_grid
 from ism_jax.models import sit
-
+from ism_jax.runtime import (
+    command_line,
+    distributed,
+    files,
+    lock,
+    preemption,
+    sharding,
+    watchdog,
+)
+from ism_jax.training import checkpoint, paired_pool, progress, train_state
 
 # Batches of skipped steps that are kept at most, beside the one that ends a run.
 KEPT_BATCHES = 5
@@ -110,21 +105,25 @@ def _train(config, workdir: Path, requests: preemption.Requests, on_samples):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     check_devices(config, mesh)
     check_memory(config, mesh, num_classes)
-    model = build.make_model(config, num_classes)
+    model = experiment.make_model(config, num_classes)
     objective = config_lib.make_objective(config, num_classes)
     start = None
     if config.train.init_from and not checkpoint.saved_steps(workdir):
-        start = portable.read(config.train.init_from)
+        start = exported_network.read(config.train.init_from)
         known = len(start.class_names)
-        start = portable.with_classes(start, source.class_names)
-        portable.check_start(start, model, source.image_shape, config.train.init_from)
-    batches = build.pool_batches(config)
-    loader = build.make_loader(config, source, batches=batches)
+        start = exported_network.with_classes(start, source.class_names)
+        exported_network.check_start(
+            start, model, source.image_shape, config.train.init_from
+        )
+    batches = experiment.pool_batches(config)
+    loader = experiment.make_loader(config, source, batches=batches)
     seed_key = sharding.replicate(jax.random.key(config.seed), mesh)
-    init_key = train_step.stream(jax.random.key(config.seed), train_step.INIT, 0)
+    init_key = random_streams.stream(
+        jax.random.key(config.seed), random_streams.INIT, 0
+    )
     state, shardings = train_state.create(
         lambda: sit.init_params(model, source.image_shape, init_key),
-        build.make_optimizer(config),
+        experiment.make_optimizer(config),
         mesh,
         twin_ema=config.ema.twin,
     )
@@ -158,12 +157,12 @@ def _train(config, workdir: Path, requests: preemption.Requests, on_samples):
     for line in allowed_changes:
         report.show(f'changed since the run was started: {line}')
 
-    step_fn = build.compiled_step(config, source, mesh, shardings)
-    couple = build.make_coupling(config, mesh, num_classes)
-    sampler = build.make_sampler(
+    step_fn = experiment.compiled_step(config, source, mesh, shardings)
+    couple = experiment.make_coupling(config, mesh, num_classes)
+    sampler = experiment.make_sampler(
         config,
         objective,
-        functools.partial(build.apply_model, model),
+        functools.partial(experiment.apply_model, model),
         source.image_shape,
         batch_size=config.sample.batch_size,
         mesh=mesh,
@@ -196,7 +195,7 @@ def _train(config, workdir: Path, requests: preemption.Requests, on_samples):
         for step in range(first_step, config.train.steps):
             stuck.step()
             if pool is None or step % batches == 0:
-                pool, extra = next_pool(loader, couple, mesh, seed_key)
+                pool, extra = paired_pool.next_pool(loader, couple, mesh, seed_key)
             state, metrics = step_fn(state, pool, seed_key)
             report.step(metrics)
             # Step n-1 is looked at while step n runs, so that the device never waits.
@@ -236,7 +235,7 @@ def _train(config, workdir: Path, requests: preemption.Requests, on_samples):
         requests.nothing_to_save()
         if scorer:
             report.show('scoring samples')
-            evaluate(
+            score_settings(
                 scorer,
                 state.infer,
                 trained_steps=int(state.step),
@@ -254,27 +253,6 @@ def _train(config, workdir: Path, requests: preemption.Requests, on_samples):
         if sys.exception() is None or jax.process_count() == 1:
             checkpointer.close(quiet=sys.exception() is not None)
     return state
-
-
-def next_pool(loader, couple, mesh, seed_key) -> tuple[train_step.Pool, dict]:
-    """The next pool on the devices, paired with noise; and the coupling's report."""
-    host = next(loader)
-    images = sharding.shard_pool(host.images, mesh)
-    labels = sharding.shard_pool(host.labels, mesh)
-    number = sharding.replicate(np.int32(host.number), mesh)
-    size = labels.size
-    index, report = np.arange(size, dtype=np.int32), {}
-    if couple is not None:
-        index, report = couple(
-            images.reshape(size, *images.shape[2:]),
-            labels.reshape(size),
-            train_step.stream(seed_key, train_step.NOISE, number),
-        )
-        report = {f'transport/{name}': value for name, value in report.items()}
-    index = jax.device_put(
-        index.reshape(labels.shape), jax.sharding.NamedSharding(mesh, sharding.POOL)
-    )
-    return train_step.Pool(images, labels, index, number), report
 
 
 def loader_state(loader, state, batches: int) -> dict:
@@ -364,7 +342,7 @@ def draw_grids(
             jax.random.key(config.seed),
             labels,
             guidance=config.log.grid_guidance,
-            schedule=schedule.dyadic_schedule(steps, sampler.base_steps),
+            schedule=time_grid.dyadic_schedule(steps, sampler.base_steps),
         )
         images = np.concatenate([np.asarray(images) for images, _ in batches])
         report.picture(int(state.step), f'samples_{steps}_steps', images, columns)
@@ -414,7 +392,7 @@ def check_memory(config, mesh, num_classes: int) -> None:
     if limit is None and device.platform == 'cpu':
         limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
         place, devices = 'the machine has', len(mesh.local_devices)
-    needed = plan.state_bytes(config, mesh, num_classes) * devices
+    needed = cost.state_bytes(config, mesh, num_classes) * devices
     if limit and needed > limit:
         raise ValueError(
             f'parameters, optimizer and averages need {needed / 2**30:.1f} GiB, but '
@@ -438,8 +416,8 @@ def run_flags():
     """Does what the command line says."""
     if FLAGS.plan:
         config_lib.validate(FLAGS.config)
-        made = plan.make_plan(FLAGS.config, FLAGS.plan_devices, FLAGS.plan_classes)
-        print(plan.format_plan(made, FLAGS.plan_tflops))
+        made = cost.make_plan(FLAGS.config, FLAGS.plan_devices, FLAGS.plan_classes)
+        print(cost.format_plan(made, FLAGS.plan_tflops))
         return
     workdir = FLAGS.workdir
     if not workdir:
@@ -460,7 +438,7 @@ if __name__ == '__main__':
     flags.DEFINE_integer('plan_devices', 8, 'Devices to plan for.', lower_bound=1)
     flags.DEFINE_integer('plan_classes', 1000, 'Classes of the data.', lower_bound=1)
     flags.DEFINE_float(
-        'plan_tflops', plan.DEFAULT_TFLOPS, 'What a device sustains, TFLOP/s.'
+        'plan_tflops', cost.DEFAULT_TFLOPS, 'What a device sustains, TFLOP/s.'
     )
     distributed.define_flags()
     flags.mark_flag_as_required('config')

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests, two files at a time. With arguments, which
-# are passed on to pytest, one after the other: tests/test_sit.py, or -m slow for the
+# are passed on to pytest, one after the other: tests/models/test_sit.py, or -m slow for the
 # long ones. PARITY=1 installs tests/requirements.txt too: the originals that some
 # networks are compared with, and what the notebook and the page need; without it their
 # tests are skipped.

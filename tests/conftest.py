@@ -13,8 +13,9 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Many tests compile the same program; most of the time would go there. New for each
-# session, and shared with its workers and the processes that tests start.
-if 'PYTEST_XDIST_WORKER' not in os.environ:
+# session unless the environment names a folder, and shared with its workers and the
+# processes that tests start.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix='ism-jax-tests-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
@@ -26,8 +27,10 @@ import pytest  # noqa: E402
 
 from ism_jax import config as config_lib  # noqa: E402
 from ism_jax import train  # noqa: E402
-from ism_jax.models import inception  # noqa: E402
-from ism_jax.models import named_tensors  # noqa: E402
+from ism_jax.models import (
+    inception,  # noqa: E402
+    named_tensors,  # noqa: E402
+)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -9,7 +9,6 @@ import pytest
 
 from ism_jax import ablation
 from ism_jax import config as config_lib
-from ism_jax import recipes
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / 'configs' / 'ablation.py')
@@ -63,7 +62,7 @@ def test_sm_and_the_systems(module):
             assert config[section] == sm[section]
         assert config.sample.steps == sm.sample.steps == (1, 2, 4, 8, 128)
     assert set(module.RECIPES) == {
-        *recipes.RUNGS, *recipes.REMOVALS, *module.SYSTEMS,
+        *config_lib.RUNGS, *config_lib.REMOVALS, *module.SYSTEMS,
     }  # fmt: skip
 
 

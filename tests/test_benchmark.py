@@ -8,9 +8,8 @@ import time
 
 import pytest
 
-from ism_jax import benchmark
+from ism_jax import benchmark, cost
 from ism_jax import config as config_lib
-from ism_jax import plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +51,7 @@ def test_a_training_is_measured_whole_and_in_parts():
     assert set(parts) <= rows.keys()
     assert rows['train step']['ratio'] == 1 and rows['train step']['spread'] == 0
     assert all(rows[name]['milliseconds'] > 0 for name in parts)
-    made = plan.make_plan(config, 8, 10)
+    made = cost.make_plan(config, 8, 10)
     assert measured['flops_per_step'] == made.flops_per_step
     assert 0 < measured['utilisation'] < 1 and measured['compile_seconds'] > 0
     held = sum(made.bytes_per_device.values())

@@ -11,11 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from ism_jax import checkpoint
 from ism_jax import config as config_lib
-from ism_jax import objectives
-from ism_jax import sample
-from ism_jax import train
+from ism_jax import objectives, sample, train, trained_network
 from ism_jax.models import sit
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +197,7 @@ def test_the_readmes_objective_is_all_that_a_new_one_needs(tmp_path, monkeypatch
     config.scores.enabled = False
     state = train.train(config, tmp_path / 'run')
     assert int(state.step) == 8 and int(state.skipped) == 0
-    run = checkpoint.load_run(tmp_path / 'run')
+    run = trained_network.load(tmp_path / 'run')
     images = sample.sample_grid(
         run, schedules_=[(0.5, 0.5)], guidance=[0.0], labels=[1, 2], seed=0
     )

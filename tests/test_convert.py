@@ -23,19 +23,12 @@ import optax
 import pytest
 import safetensors.numpy
 
-from ism_jax import build
-from ism_jax import checkpoint
 from ism_jax import config as config_lib
-from ism_jax import convert
-from ism_jax import diagnose
-from ism_jax import official
-from ism_jax import portable
-from ism_jax import sample
-from ism_jax import sharding
-from ism_jax import tensor_file
-from ism_jax import train
-from ism_jax import train_state
+from ism_jax import convert, diagnose, experiment, sample, train, trained_network
+from ism_jax.interchange import exported_network, official, tensor_file
 from ism_jax.models import sit
+from ism_jax.runtime import sharding
+from ism_jax.training import train_state
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = Path(__file__).parent / 'fixtures' / 'official_networks.json'
@@ -154,8 +147,8 @@ def _save(path, tensors, metadata=None):
 
 def _output(folder, t, d, w=0.0):
     """Of a converted network, as sampling calls it."""
-    network = portable.read(folder)
-    params = portable.initialised(network)
+    network = exported_network.read(folder)
+    params = exported_network.initialised(network)
     times, sizes = (np.full(len(LABELS), v, np.float32) for v in (t, d))
     labels, strengths = np.asarray(LABELS), np.full(len(LABELS), w, np.float32)
     return network.model().apply(
@@ -173,7 +166,7 @@ def _assert_close(ours, theirs):
 def test_sit_is_the_official_one(tmp_path, w):
     path = _save(tmp_path / 'sit.safetensors', SIT)
     network = convert.convert_sit(path, num_heads=HEADS)
-    portable.write(tmp_path / 'net', network)
+    exported_network.write(tmp_path / 'net', network)
     assert network.config.model.time_scale == 1.0
     assert network.class_names == ('0', '1', '2', '3', '4')
     # Step and guidance have no effect before they are learned.
@@ -196,17 +189,17 @@ def test_without_variances_sit_is_the_same(tmp_path):
 def test_dit_is_the_official_one_with_time_turned_round(tmp_path):
     path = _save(tmp_path / 'dit.safetensors', DIT)
     network = convert.convert_dit(path, num_heads=HEADS)
-    portable.write(tmp_path / 'net', network)
+    exported_network.write(tmp_path / 'net', network)
     times = 1 - np.asarray(TIMESTEPS) / 1000
     _assert_close(_output(tmp_path / 'net', times, 0.0), _official_output('dit'))
     with pytest.raises(ValueError, match='predicts noise, not a velocity.*init_from'):
-        checkpoint.load_run(tmp_path / 'net')
+        trained_network.load(tmp_path / 'net')
 
 
 def test_a_shortcut_model_is_the_official_one_at_every_step_size(tmp_path):
     path = _save(tmp_path / 'shortcut.safetensors', SHORTCUT)
     network = convert.convert_shortcut(path, image_size=SIDE, num_heads=HEADS)
-    portable.write(tmp_path / 'net', network)
+    exported_network.write(tmp_path / 'net', network)
     assert network.config.objective.base_steps == BASE_STEPS
     theirs = _official_output('shortcut')
     sizes = 0.5 ** np.asarray(LEVELS, np.float32)
@@ -214,7 +207,7 @@ def test_a_shortcut_model_is_the_official_one_at_every_step_size(tmp_path):
     assert sizes[0] == 1 / BASE_STEPS  # The finest, which is also the velocity.
     sizes[0] = 0
     _assert_close(_output(tmp_path / 'net', TIMES, sizes), theirs)
-    run = checkpoint.load_run(tmp_path / 'net')
+    run = trained_network.load(tmp_path / 'net')
     schedules = [(1.0,), (0.5, 0.5)]
     images = sample.sample_grid(
         run, schedules_=schedules, guidance=[0.5], labels=[0, 3], seed=0
@@ -442,7 +435,7 @@ def small_sit(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp('sit')
     path = _save(folder / 'sit.safetensors', random_tensors(shapes, 5))
-    portable.write(folder / 'net', convert.convert_sit(path, num_heads=2))
+    exported_network.write(folder / 'net', convert.convert_sit(path, num_heads=2))
     return folder / 'net'
 
 
@@ -478,7 +471,7 @@ def run(trained):
 @pytest.fixture(scope='module')
 def exported(run):
     folder = run.parent / 'exported'
-    portable.write(folder, convert.export(run))
+    exported_network.write(folder, convert.export(run))
     return folder
 
 
@@ -491,7 +484,7 @@ def _assert_same_bits(a, b):
 
 
 def test_export_and_back_bit_for_bit(run, exported, tmp_path):
-    before, after = checkpoint.load_run(run), checkpoint.load_run(exported)
+    before, after = trained_network.load(run), trained_network.load(exported)
     assert after.step == before.step == 2
     assert after.model == before.model and after.config == before.config
     assert after.class_names == before.class_names
@@ -502,23 +495,25 @@ def test_export_and_back_bit_for_bit(run, exported, tmp_path):
         sample.sample_grid(before, **cells, seed=3),
         sample.sample_grid(after, **cells, seed=3),
     )
-    portable.write(tmp_path / 'again', portable.read(exported))
+    exported_network.write(tmp_path / 'again', exported_network.read(exported))
     for folder in (exported, tmp_path / 'again'):
-        assert (folder / portable.CONFIG).read_bytes() == (
-            exported / portable.CONFIG
+        assert (folder / exported_network.CONFIG).read_bytes() == (
+            exported / exported_network.CONFIG
         ).read_bytes()
-    tensors, metadata = tensor_file.read_safetensors(exported / portable.TENSORS)
+    tensors, metadata = tensor_file.read_safetensors(
+        exported / exported_network.TENSORS
+    )
     assert metadata['format'] == 'ism_jax' and metadata['version'] == '1'
     assert tensors['blocks/qkv/kernel'].shape == (2, 32, 96)
 
 
 def test_what_an_exported_folder_cannot_do_is_said(run, exported):
     with pytest.raises(ValueError, match='no checkpoint 7; .* of step 2'):
-        checkpoint.load_run(exported, 7)
+        trained_network.load(exported, 7)
     with pytest.raises(ValueError, match='holds one network without the other'):
-        diagnose.load_averages(exported, checkpoint.load_run(exported))
+        diagnose.load_averages(exported, trained_network.load(exported))
     with pytest.raises(ValueError, match='holds a run; give another folder'):
-        portable.write(run, portable.read(exported))
+        exported_network.write(run, exported_network.read(exported))
     with pytest.raises(ValueError, match='is portable already'):
         convert.export(exported)
 
@@ -544,23 +539,23 @@ def _edit_metadata(**changes):
 @pytest.mark.parametrize(
     'name,damage,message',
     [
-        (portable.TENSORS, lambda p: p.unlink(), 'there is no model.safetensors'),
-        (portable.CONFIG, lambda p: p.unlink(), 'there is no config.json'),
+        (exported_network.TENSORS, lambda p: p.unlink(), 'there is no model.safetensors'),
+        (exported_network.CONFIG, lambda p: p.unlink(), 'there is no config.json'),
         (
-            portable.TENSORS,
+            exported_network.TENSORS,
             lambda p: p.write_bytes(p.read_bytes()[:-10]),
             'model.safetensors cannot be read .* truncated',
         ),
-        (portable.TENSORS, _damage_tensor, 'edited or damaged'),
+        (exported_network.TENSORS, _damage_tensor, 'edited or damaged'),
         (
-            portable.TENSORS,
+            exported_network.TENSORS,
             lambda p: _save(p, {'a': np.ones(3, 'f')}),
             'not written by ism_jax',
         ),
-        (portable.TENSORS, _edit_metadata(version='2'), "version '2'"),
-        (portable.CONFIG, _edit_heads, 'config.json is not the one'),
+        (exported_network.TENSORS, _edit_metadata(version='2'), "version '2'"),
+        (exported_network.CONFIG, _edit_heads, 'config.json is not the one'),
         (
-            portable.CONFIG,
+            exported_network.CONFIG,
             lambda p: p.write_bytes(p.read_bytes()[:-10]),
             'config.json is not the one',
         ),
@@ -575,16 +570,16 @@ def test_damaged_foreign_and_edited_files_are_refused(
     damage(folder / name)
     assert not (folder / name).exists() or (folder / name).read_bytes() != before
     with pytest.raises(ValueError, match=message):
-        checkpoint.load_run(folder)
+        trained_network.load(folder)
 
 
 def test_parameters_that_are_not_the_configs_are_not_written(exported, tmp_path):
-    network = portable.read(exported)
+    network = exported_network.read(exported)
     kernel = network.params['final']['kernel']
     network.params['final']['kernel'] = kernel[:, :3]
     message = r'final/kernel is \(32, 3\) float32 .* \(32, 64\) float32'
     with pytest.raises(ValueError, match=message):
-        portable.write(tmp_path / 'net', network)
+        exported_network.write(tmp_path / 'net', network)
     assert not (tmp_path / 'net').exists()
 
 
@@ -592,7 +587,7 @@ def test_training_starts_from_a_converted_sit(trained, start, small_sit, capsys)
     workdir, state, shown = trained
     assert int(state.step) == 2 and int(state.skipped) == 0
     assert 'starting from' in shown and 'SiT of sit.safetensors' in shown
-    params = portable.read(small_sit).params
+    params = exported_network.read(small_sit).params
     fresh = {'step_embedding', 'guidance_embedding'}
     assert state.params.keys() - params.keys() == fresh
     for tree in (state.params, state.target, state.infer):
@@ -616,7 +611,7 @@ def test_training_starts_from_a_converted_sit(trained, start, small_sit, capsys)
 
 def test_all_trees_start_where_they_live(small_sit):
     """Over a mesh that splits parameters, in memory of their own."""
-    network = portable.read(small_sit)
+    network = exported_network.read(small_sit)
     model = network.model()
     mesh = sharding.make_mesh(2, 4, jax.local_devices())
     state, shardings = train_state.create(
@@ -662,30 +657,32 @@ def test_a_start_that_does_not_fit_is_refused_by_name(
 
 
 def test_data_of_other_shapes_are_refused_but_not_of_another_side(small_sit):
-    network = portable.read(small_sit)
-    portable.check_start(network, network.model(), (64, 64, 1), small_sit)
+    network = exported_network.read(small_sit)
+    exported_network.check_start(network, network.model(), (64, 64, 1), small_sit)
     model = sit.SiT(num_classes=7, **network.config.model)
     message = r'class_embedding/embedding is \(11, 32\) .* and \(8, 32\)'
     with pytest.raises(ValueError, match=message):
-        portable.check_start(network, model, (32, 32, 1), small_sit)
+        exported_network.check_start(network, model, (32, 32, 1), small_sit)
     message = r'final/bias is \(64,\) float32 .* and \(192,\) float32'
     with pytest.raises(ValueError, match=message):
-        portable.check_start(network, network.model(), (32, 32, 3), small_sit)
+        exported_network.check_start(network, network.model(), (32, 32, 3), small_sit)
 
 
 def test_other_classes_begin_as_no_class(small_sit):
-    network = portable.read(small_sit)
-    assert portable.with_classes(network, [str(n) for n in range(10)]) is network
-    other = portable.with_classes(network, ('cat', 'dog', 'newt'))
-    portable.check_start(other, other.model(), (32, 32, 1), small_sit)
+    network = exported_network.read(small_sit)
+    assert (
+        exported_network.with_classes(network, [str(n) for n in range(10)]) is network
+    )
+    other = exported_network.with_classes(network, ('cat', 'dog', 'newt'))
+    exported_network.check_start(other, other.model(), (32, 32, 1), small_sit)
     assert other.class_names == ('cat', 'dog', 'newt')
     x = jax.random.normal(jax.random.key(0), (3, 32, 32, 1))
     t, zero = jnp.array([0.1, 0.5, 0.9]), jnp.zeros(3)
 
     def velocity(network, label):
-        params = portable.initialised(network)
+        params = exported_network.initialised(network)
         model = network.model()
-        return build.apply_model(model, params, x, t, zero, zero, label)
+        return experiment.apply_model(model, params, x, t, zero, zero, label)
 
     expected = velocity(network, jnp.full(3, 10))
     for label in (jnp.full(3, 3), jnp.arange(3)):
@@ -695,13 +692,13 @@ def test_other_classes_begin_as_no_class(small_sit):
 
 def test_a_method_may_show_the_step_as_it_needs(small_sit):
     """Where the network has not learned steps; a run's is not replaced."""
-    network = portable.read(small_sit)
+    network = exported_network.read(small_sit)
     options = dict(network.config.model) | {'step_embedding': 'size'}
     model = sit.SiT(num_classes=10, **options)
-    portable.check_start(network, model, (32, 32, 1), small_sit)
-    trained = network._replace(params=portable.initialised(network), fresh=())
+    exported_network.check_start(network, model, (32, 32, 1), small_sit)
+    trained = network._replace(params=exported_network.initialised(network), fresh=())
     with pytest.raises(ValueError, match="step_embedding = 'size', but .* has 'level'"):
-        portable.check_start(trained, model, (32, 32, 1), small_sit)
+        exported_network.check_start(trained, model, (32, 32, 1), small_sit)
 
 
 def test_the_command_line(tmp_path, run):
@@ -716,11 +713,12 @@ def test_the_command_line(tmp_path, run):
     result = call('sit', f'--checkpoint={path}', '--num_heads=3', f'--out={out}')
     assert result.returncode == 0, result.stderr[-3000:]
     assert '--config.model.time_scale=1.0' in result.stdout
-    assert portable.read(out).origin == 'SiT of sit.safetensors'
+    assert exported_network.read(out).origin == 'SiT of sit.safetensors'
     result = call('export', f'--workdir={run}', f'--out={tmp_path / "mine"}')
     assert result.returncode == 0, result.stderr[-3000:]
     _assert_same_bits(
-        portable.read(tmp_path / 'mine').params, checkpoint.load_run(run).params
+        exported_network.read(tmp_path / 'mine').params,
+        trained_network.load(run).params,
     )
     for arguments, message in (
         ((), 'give one of the commands sit, dit, shortcut, export'),

@@ -9,32 +9,32 @@ import sys
 
 from flax import linen as nn
 import jax
-from jax.sharding import NamedSharding
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import build
-from ism_jax import cells
-from ism_jax import checkpoint
 from ism_jax import config as config_lib
-from ism_jax import sampler as sampler_lib
-from ism_jax import schedule
-from ism_jax import sharding
+from ism_jax import experiment, trained_network
 from ism_jax.data import sources
-from ism_jax.metrics import chunks
-from ism_jax.metrics import feature_network
-from ism_jax.metrics import frechet
-from ism_jax.metrics import inception_score
-from ism_jax.metrics import kernel_distance
-from ism_jax.metrics import measures
-from ism_jax.metrics import precision_recall
-from ism_jax.metrics import real_images
-from ism_jax.metrics import reference
-from ism_jax.metrics import sample_files
-from ism_jax.models import inception
-from ism_jax.models import sit
+from ism_jax.evaluation import (
+    feature_network,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    metrics,
+    precision_recall,
+    protocol,
+    real_images,
+    reference_statistics,
+    sample_chunks,
+    sample_files,
+)
+from ism_jax.method import time_grid
+from ism_jax.models import inception, sit
+from ism_jax.runtime import sharding
+from ism_jax.sampling.sampler import batch_split
 
 ROOT = Path(__file__).parent.parent
 ALL_OF_INCEPTION = ('fid', 'sfid', 'is', 'pr', 'kid')
@@ -67,8 +67,8 @@ def _real(count=60):
 
 def _judges(names=ALL_OF_INCEPTION, distance='FID'):
     network = _network(distance)
-    given = reference.load_or_compute(_real(), network)
-    return cells.Judges(tuple(names), {'inception': network}, {'inception': given})
+    given = reference_statistics.load_or_compute(_real(), network)
+    return protocol.Judges(tuple(names), {'inception': network}, {'inception': given})
 
 
 @pytest.fixture(scope='module')
@@ -77,19 +77,21 @@ def run():
     config = config_lib.default()
     config.model.update(hidden_size=16, depth=1, num_heads=2, patch_size=4)
     config.data.update(image_size=8, channels=1)
-    model = build.make_model(config, 3)
+    model = experiment.make_model(config, 3)
     params = sit.init_params(model, (8, 8, 1), jax.random.key(0))
     # Also the last layer, which starts at 0: samples would be the noise.
     params = jax.tree.map(
         lambda p: p + 0.05 * jax.random.normal(jax.random.key(p.size), p.shape), params
     )
     params = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
-    return checkpoint.Run(config, model, params, 7, ('a', 'b', 'c'), (8, 8, 1))
+    return trained_network.TrainedNetwork(
+        config, model, params, 7, ('a', 'b', 'c'), (8, 8, 1)
+    )
 
 
 def _sampler(run, batch_size=8):
     objective = config_lib.make_objective(run.config, 3)
-    return build.make_sampler(
+    return experiment.make_sampler(
         run.config, objective, run.apply, run.image_shape, batch_size=batch_size
     )
 
@@ -99,7 +101,7 @@ def _evaluate(run, out, judges=None, sampler=None, **options):
         steps=(1, 2), guidance=(1.0,), samples=40, labels='balanced', seed=3,
         show=lambda text: None,
     ) | options  # fmt: skip
-    return cells.evaluate_cells(
+    return protocol.evaluate_cells(
         run, sampler or _sampler(run), judges or _judges(), out=out, **options
     )
 
@@ -108,7 +110,7 @@ def _direct(run, steps, w, samples=40):
     """Samples of a cell, 8-bit, made at once."""
     batches = _sampler(run, samples).batches(
         run.params, jax.random.key(3), np.arange(samples) % 3, guidance=w,
-        schedule=schedule.dyadic_schedule(steps, 128),
+        schedule=time_grid.dyadic_schedule(steps, 128),
     )  # fmt: skip
     return real_images_of(np.concatenate([np.asarray(x) for x, _ in batches]))
 
@@ -120,23 +122,26 @@ def real_images_of(images):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cells, 'CHUNK', 16)
+    monkeypatch.setattr(protocol, 'CHUNK', 16)
 
 
 def test_scores_are_those_of_all_samples_together(run, tmp_path, small_chunks):
     records = _evaluate(run, tmp_path)
     assert [record['steps'] for record in records] == [1, 2]
-    network, given = _network(), reference.load_or_compute(_real(), _network())
+    network, given = (
+        _network(),
+        reference_statistics.load_or_compute(_real(), _network()),
+    )
     seen = network(_direct(run, 2, 1.0))
     found = records[1]['scores']
     mean, covariance = given.moments['features']
     features = seen['features'].astype(np.float64)
-    expected = frechet.gaussian_distance(
+    expected = frechet_distance.gaussian_distance(
         features.mean(0), np.cov(features.T), mean, covariance
     )
     np.testing.assert_allclose(found['FID'], expected, rtol=1e-4)
     spatial = seen['spatial'].astype(np.float64)
-    expected = frechet.gaussian_distance(
+    expected = frechet_distance.gaussian_distance(
         spatial.mean(0), np.cov(spatial.T), *given.moments['spatial']
     )
     np.testing.assert_allclose(found['sFID'], expected, rtol=1e-4)
@@ -158,7 +163,7 @@ def test_a_record_says_everything_that_repeats_it(run, tmp_path):
     assert record['schedule'] == [0.25] * 4 and record['guidance'] == 1.0
     assert record['samples'] == 40 and record['labels'] == 'balanced'
     assert record['seed'] == 3 and record['trained_steps'] == 7
-    assert record['rounding'] == cells.ROUNDING and record['average'] == 'infer'
+    assert record['rounding'] == protocol.ROUNDING and record['average'] == 'infer'
     assert record['objective']['name'] == 'ism'
     judge = record['judges']['inception']
     assert judge['weights'] == '0' and len(judge['reference_key']) == 16
@@ -174,7 +179,7 @@ def test_what_was_made_before_a_kill_is_not_made_again(
     class Killed(Exception):
         pass
 
-    made, make = [], chunks.Chunks.make
+    made, make = [], sample_chunks.Chunks.make
 
     def dies_at_the_third(self, number, *args, **options):
         if len(made) == 2:
@@ -182,11 +187,11 @@ def test_what_was_made_before_a_kill_is_not_made_again(
         made.append(number)
         make(self, number, *args, **options)
 
-    monkeypatch.setattr(chunks.Chunks, 'make', dies_at_the_third)
+    monkeypatch.setattr(sample_chunks.Chunks, 'make', dies_at_the_third)
     with pytest.raises(Killed):
         _evaluate(run, tmp_path / 'killed', steps=(2,))
     monkeypatch.setattr(
-        chunks.Chunks,
+        sample_chunks.Chunks,
         'make',
         lambda self, n, *a, **o: made.append(n) or make(self, n, *a, **o),
     )
@@ -240,11 +245,11 @@ def test_kept_samples_are_those_that_were_scored(run, tmp_path, small_chunks):
         picture = np.asarray(Image.open(pictures[index]).convert('RGB'))
         np.testing.assert_array_equal(picture, images[index])
     for place in (folder / 'samples_40x8x8x3.npz', folder / 'png'):
-        again = cells.evaluate_images(
+        again = protocol.evaluate_images(
             real_images.open_images(place), _judges(), show=lambda text: None
         )
         assert again['scores'] == record['scores']
-        assert again['images_sha256'] and 'FID' in cells.table([again])
+        assert again['images_sha256'] and 'FID' in protocol.table([again])
 
 
 def test_samples_wanted_later_are_made_later(run, tmp_path, small_chunks):
@@ -257,29 +262,29 @@ def test_samples_wanted_later_are_made_later(run, tmp_path, small_chunks):
 
 def test_a_grid_over_guidance_says_so(run, tmp_path):
     alone = _evaluate(run, tmp_path, steps=(1,), guidance=(1.0,))
-    assert 'grid' not in cells.table(alone)
+    assert 'grid' not in protocol.table(alone)
     # Also if its cells are asked for one after another.
     later = _evaluate(run, tmp_path, steps=(1, 2), guidance=(2.0,))
     assert [record['guidance_grid'] for record in later] == [[1.0, 2.0], [2.0]]
-    shown = cells.table(later)
+    shown = protocol.table(later)
     assert '| 1 | 2 (grid of 2) |' in shown and '| 2 | 2 |' in shown
     assert 'Steps 1: a grid over guidance, w = 1, 2.' in shown
     # Chosen with one noise, scored with another.
     other = _evaluate(run, tmp_path, steps=(1,), guidance=(2.0,), seed=4)
-    assert 'grid' not in cells.table(other)
+    assert 'grid' not in protocol.table(other)
 
 
 def test_what_cannot_be_measured_is_refused_before_sampling(run, tmp_path):
     judges = _judges()
-    bare = reference.Reference(
+    bare = reference_statistics.Reference(
         {'features': judges.references['inception'].moments['features']}, None, None,
         'key', 'statistics of a.npz',
     )  # fmt: skip
-    bare = cells.Judges(('sfid',), judges.networks, {'inception': bare})
+    bare = protocol.Judges(('sfid',), judges.networks, {'inception': bare})
     cases = [
         (dict(samples=5), "is, which needs at least 10"),
         (dict(judges=bare), "sfid needs statistics of 'spatial'"),
-        (dict(judges=cells.Judges(('pr',), bare.networks, bare.references)),
+        (dict(judges=protocol.Judges(('pr',), bare.networks, bare.references)),
          'pr needs real images, but statistics of a.npz are known alone'),
         (dict(labels='sorted'), "labels 'sorted' must be one of balanced, uniform"),
         (dict(keep=('jpg',)), "keep = 'jpg' must be one of npz, png"),
@@ -290,7 +295,7 @@ def test_what_cannot_be_measured_is_refused_before_sampling(run, tmp_path):
             _evaluate(run, tmp_path, **options)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="'fdd' is unknown; choose among fid, sfid"):
-        measures.networks(['fid', 'fdd'])
+        metrics.networks(['fid', 'fdd'])
 
 
 def test_samples_with_nan_have_no_score(run, tmp_path):
@@ -311,12 +316,12 @@ def test_only_the_published_network_scores_fid():
 
 
 def test_labels_of_samples():
-    balanced = cells.sample_labels('balanced', 50_000, 1000, 0)
+    balanced = protocol.sample_labels('balanced', 50_000, 1000, 0)
     assert (np.bincount(balanced) == 50).all()
-    uniform = cells.sample_labels('uniform', 50_000, 1000, 0)
+    uniform = protocol.sample_labels('uniform', 50_000, 1000, 0)
     counts = np.bincount(uniform, minlength=1000)
     assert 40 < counts.var() < 60 and counts.sum() == 50_000  # Poisson of 50.
-    assert (uniform != cells.sample_labels('uniform', 50_000, 1000, 1)).any()
+    assert (uniform != protocol.sample_labels('uniform', 50_000, 1000, 1)).any()
 
 
 @pytest.mark.parametrize('count', [6, 24])
@@ -330,10 +335,10 @@ def test_samples_are_divided_over_the_devices(run, count):
     for (a, label_a), (b, label_b) in zip(many, single, strict=True):
         np.testing.assert_array_equal(label_a, label_b)
         np.testing.assert_allclose(a, b, atol=1e-5)
-    split, size = sampler_lib.batch_split(run.params, 12)
+    split, size = batch_split(run.params, 12)
     assert isinstance(split, NamedSharding) and size == 16
     assert not split.is_fully_replicated and len(split.device_set) == 8
-    assert sampler_lib.batch_split(one, 12) == (None, 12)
+    assert batch_split(one, 12) == (None, 12)
     # A part of the samples, by itself.
     tail = list(sampler.batches(run.params, key, labels[3:], first=3, **options))
     np.testing.assert_allclose(

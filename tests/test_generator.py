@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import ism_jax
-from ism_jax import convert
-from ism_jax import generator
-from ism_jax import portable
+from ism_jax import convert, generator
+from ism_jax.interchange import exported_network
 
 
 @pytest.fixture(scope='module')
@@ -115,7 +114,7 @@ def test_as_the_command_samples(model, small_run, tmp_path):
 
 
 def test_exported_and_earlier_networks(model, small_run, tmp_path, monkeypatch):
-    portable.write(tmp_path / 'exported', convert.export(small_run))
+    exported_network.write(tmp_path / 'exported', convert.export(small_run))
     expected = model.sample([1, 2], steps=1)
     exported = ism_jax.load(tmp_path / 'exported')
     np.testing.assert_array_equal(exported.sample([1, 2], steps=1), expected)

@@ -8,9 +8,7 @@ from PIL import Image
 import pytest
 
 from ism_jax import prepare_data
-from ism_jax.data import latents
-from ism_jax.data import pipeline
-from ism_jax.data import sources
+from ism_jax.data import latents, pool_loader, sources
 
 SHAPE = (2, 2, 3)
 ABOUT = {'scaling_factor': 0.5, 'latent_shape': list(SHAPE), 'autoencoder': 'test'}
@@ -267,7 +265,7 @@ def make_loader(folder, tmp_path, encoder):
             f'latents:{tmp_path / "out"}', image_size=2, channels=3
         )
         options = dict(batches=2, batch_size=11, seed=3) | options
-        loaders.append(pipeline.PoolLoader(source, **options))
+        loaders.append(pool_loader.PoolLoader(source, **options))
         return loaders[-1]
 
     yield make

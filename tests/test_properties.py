@@ -9,16 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax import build
 from ism_jax import config as config_lib
-from ism_jax import objectives
-from ism_jax import optimizer
-from ism_jax import sharding
-from ism_jax import train
-from ism_jax import train_state
-from ism_jax import train_step
+from ism_jax import experiment, objectives, train
 from ism_jax.data import sources
 from ism_jax.models import sit
+from ism_jax.runtime import sharding
+from ism_jax.training import optimizer, paired_pool, train_state
 
 INTEGERS = (-(10**9), -1, 0, 1, 2, 3, 4, 7, 8, 12, 16, 28, 64, 10**6, 10**9, 10**18)
 FLOATS = (
@@ -109,10 +105,10 @@ def _trace(config):
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:1])
     train.check_devices(config, mesh)
     train.check_memory(config, mesh, num_classes)
-    model = build.make_model(config, num_classes)
-    batches = build.pool_batches(config)
-    build.make_loader(config, source, batches=batches).close()
-    tx = build.make_optimizer(config)
+    model = experiment.make_model(config, num_classes)
+    batches = experiment.pool_batches(config)
+    experiment.make_loader(config, source, batches=batches).close()
+    tx = experiment.make_optimizer(config)
 
     def init():
         params = sit.init_params(model, source.image_shape, jax.random.key(0))
@@ -122,7 +118,7 @@ def _trace(config):
         )  # fmt: skip
 
     shape = (batches, config.train.batch_size)
-    pool = train_step.Pool(
+    pool = paired_pool.Pool(
         jax.ShapeDtypeStruct((*shape, *source.image_shape), jnp.float32),
         jax.ShapeDtypeStruct(shape, jnp.int32),
         jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -130,11 +126,11 @@ def _trace(config):
     )
     state = jax.eval_shape(init)
     shardings = sharding.tree_shardings(state, mesh)
-    step = build.compiled_step(config, source, mesh, shardings)
+    step = experiment.compiled_step(config, source, mesh, shardings)
     after, metrics = jax.eval_shape(step, state, pool, jax.random.key(0))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics['loss'].shape == ()
-    couple = build.make_coupling(config, mesh, num_classes)
+    couple = experiment.make_coupling(config, mesh, num_classes)
     if couple is not None:
         flat = jax.ShapeDtypeStruct(
             (shape[0] * shape[1], *source.image_shape), jnp.float32

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 import pytest
 import safetensors.numpy
+from tfds_files import write_tfds
 
 from ism_jax.models import vae
-from tfds_files import write_tfds
 
 ROOT = Path(__file__).parent.parent
 TINY = vae.Config(

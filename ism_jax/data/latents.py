@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ism_jax import files
+from ism_jax.runtime import files
 
 FORMAT = 'ism_jax latents'
 VERSION = 1

@@ -27,8 +27,8 @@ from pathlib import Path
 import struct
 import subprocess
 import sys
-import zlib
 from typing import Literal
+import zlib
 
 import numpy as np
 from PIL import Image

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.models import named_tensors
-from ism_jax.models import resize
+from ism_jax.models import named_tensors, resize
 
 SIDE = 224  # Pixels that FD-DINOv2 is defined at.
 MEAN = (0.485, 0.456, 0.406)  # Of ImageNet, as are the deviations.

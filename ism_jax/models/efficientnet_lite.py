@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.models import named_tensors
-from ism_jax.models import resize
+from ism_jax.models import named_tensors, resize
 
 SIDE = 224  # Pixels that the network was trained with.
 NUM_FEATURES = 1280

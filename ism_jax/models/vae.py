@@ -31,10 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import files
-from ism_jax import hub
-from ism_jax import sharding
-from ism_jax import tensor_file
+from ism_jax.interchange import hub, tensor_file
+from ism_jax.runtime import files, sharding
 
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 EPSILON = 1e-6  # Of every normalisation.
@@ -389,7 +387,7 @@ class Autoencoder:
 
         Tiles overlap and fade into each other. Where one tile covers everything this is
         `decode`; otherwise tiles do not see each other's statistics and attention, and
-        differ from the whole by a little (`tests/test_vae.py` measures it).
+        differ from the whole by a little (`tests/models/test_vae.py` measures it).
 
         Args:
           params, latents: of `decode`.

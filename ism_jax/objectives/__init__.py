@@ -10,143 +10,13 @@ here and a config that names it; nothing else changes.
 import dataclasses
 import importlib
 import pkgutil
-from typing import Callable, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from ism_jax import interpolant
-from ism_jax import schedule
-
-
-class Batch(NamedTuple):
-    """One batch of pairs, paired by transport.
-
-    Attributes:
-      noise: x0, [B, H, W, C], standard normal.
-      data: x1, [B, H, W, C].
-      label: [B] int32 class of the data.
-    """
-
-    noise: jax.Array
-    data: jax.Array
-    label: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseObjective:
-    """What training and sampling need to know of a method.
-
-    Attributes:
-      num_classes: number of classes, and the index of the `null` label.
-    """
-
-    num_classes: int
-
-    def __call__(
-        self,
-        apply: Callable[..., jax.Array],
-        params,
-        target_params,
-        batch: Batch,
-        key: jax.Array,
-        *,
-        distance: Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
-        progress: jax.Array,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss and its parts.
-
-        Args:
-          apply: the network, `apply(params, x, t, d, w, label)`.
-          params: online parameters, with respect to which the loss is differentiated.
-          target_params: parameters that make targets; no gradient flows into them.
-          batch: see `Batch`.
-          key: used for this call alone.
-          distance: error [B, H, W, C] -> values [B] and their parts {name: [B]}.
-          progress: share of the training that is done, in [0, 1); curricula use it.
-
-        Returns:
-          The scalar loss and a flat dict of scalars.
-        """
-        raise TypeError(f'{type(self).__module__} must define __call__')
-
-    def velocity(self, apply, params, x, t, d, w, label) -> jax.Array:
-        """Mean velocity over the step from t to t + d, as the sampler uses it.
-
-        Args:
-          apply, params: the network and its parameters, as in training.
-          x: [B, H, W, C]; t, d, w, label: [B].
-        """
-        embedded = schedule.embedded_step(d, self.finest_steps())
-        return apply(params, x, t, embedded, w, label)
-
-    def sample(self, apply, params, noise, label, w, times, steps, key) -> jax.Array:
-        """From noise to data along a schedule: x_{t+d} = x_t + d velocity(x_t, t, d).
-
-        Args:
-          apply, params: the network and its parameters, of the `infer` average.
-          noise: x0, [B, H, W, C], standard normal.
-          label, w: [B].
-          times, steps: [N], of `schedule.times_and_sizes`.
-          key: of the samplers that add noise between steps.
-
-        Returns:
-          x1, [B, H, W, C], not clipped.
-        """
-        del key  # The common sampler is deterministic.
-
-        def body(x, step):
-            t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
-            return interpolant.step(
-                x, self.velocity(apply, params, x, t, d, w, label), d
-            ), None
-
-        return jax.lax.scan(body, noise, (times, steps))[0]
-
-    def clip_step(self, t, d):
-        """The step from t to t + d without the part before `first_time`."""
-        begin = jnp.maximum(t, self.first_time())
-        return begin, t + d - begin
-
-    def first_time(self) -> float:
-        """Where the method's time begins; noise is taken for a sample of that time."""
-        return 0.0
-
-    def learns_steps(self) -> bool:
-        """Whether the network is told the step size; else it knows only velocities."""
-        return True
-
-    def uses_target(self) -> bool:
-        """Whether `target_params` make targets; else the network teaches itself."""
-        return False
-
-    def batch_multiple(self) -> int:
-        """Batch sizes must be a multiple of this."""
-        return 1
-
-    def min_batch(self) -> int:
-        """The smallest batch that serves all parts of the method."""
-        return 1
-
-    def guidance_range(self) -> tuple[float, float]:
-        """Lowest and highest guidance strength w that can be asked of the sampler.
-
-        (0, 0) for a method without guidance, (w, w) where w is part of the training.
-        """
-        return 0.0, 0.0
-
-    def model_options(self) -> dict[str, object]:
-        """Fields of `config.model` that the method needs otherwise than by default."""
-        return {}
-
-    def finest_steps(self) -> int:
-        """1 / the finest step size: how many sampling steps make sense at most."""
-        return 128
+from ism_jax.objectives.base import BaseObjective
 
 
 def names() -> list[str]:
     """The methods that can be named in `config.objective.name`."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != 'base')
 
 
 def load(name: str) -> type[BaseObjective]:
@@ -169,9 +39,3 @@ def options(name: str) -> dict:
         for field in dataclasses.fields(load(name))
         if field.name != 'num_classes'
     }
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raises ValueError unless `value` lies in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f'{name} = {value} must lie in [0, 1)')

@@ -24,7 +24,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ism_jax import interpolant
+from ism_jax.method import interpolant
 from ism_jax.objectives import meanflow
 
 

@@ -29,8 +29,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ism_jax import interpolant
-from ism_jax.objectives import BaseObjective, Batch
+from ism_jax.method import interpolant
+from ism_jax.method.training_batch import Batch
+from ism_jax.objectives.base import BaseObjective
 
 RHO = 7.0
 HUBER = 0.00054  # c / sqrt(D)

@@ -13,9 +13,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ism_jax import guidance
-from ism_jax import interpolant
-from ism_jax.objectives import BaseObjective, Batch, check_fraction
+from ism_jax.method import guidance, interpolant
+from ism_jax.method.training_batch import Batch
+from ism_jax.objectives.base import BaseObjective, check_fraction
 
 
 @dataclasses.dataclass(frozen=True)

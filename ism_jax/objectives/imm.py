@@ -29,9 +29,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ism_jax import guidance
-from ism_jax import interpolant
-from ism_jax.objectives import BaseObjective, Batch, check_fraction
+from ism_jax.method import guidance, interpolant
+from ism_jax.method.training_batch import Batch
+from ism_jax.objectives.base import BaseObjective, check_fraction
 
 NOISIEST = 0.994  # The largest a.
 ETA_STEP = 160 / 2**12

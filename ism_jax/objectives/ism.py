@@ -33,12 +33,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ism_jax import batch_parts
-from ism_jax import guidance
-from ism_jax import interpolant
-from ism_jax import schedule
-from ism_jax.batch_parts import Inputs, apply_together
-from ism_jax.objectives import BaseObjective, Batch, check_fraction
+from ism_jax.method import guidance, interpolant, time_grid, training_batch
+from ism_jax.method.training_batch import Batch, Inputs, apply_together
+from ism_jax.objectives.base import BaseObjective, check_fraction
 
 PARTS = ('velocity', 'guidance', 'consistency')
 
@@ -75,7 +72,7 @@ class Objective(BaseObjective):
     def __post_init__(self):
         check_fraction('objective.label_dropout', self.label_dropout)
         check_fraction('objective.guidance_interval', self.guidance_interval)
-        schedule.check_base_steps(self.base_steps, 'objective.base_steps')
+        time_grid.check_base_steps(self.base_steps, 'objective.base_steps')
         _check_triple('objective.batch_split', self.batch_split)
         _check_triple('objective.loss_weights', self.loss_weights)
         if any(share != int(share) for share in self.batch_split):
@@ -99,7 +96,7 @@ class Objective(BaseObjective):
     ):
         del progress  # No curriculum.
         key_v, key_g, key_c = jax.random.split(key, 3)
-        batch_v, batch_g, batch_c = batch_parts.split(batch, self._shares())
+        batch_v, batch_g, batch_c = training_batch.split(batch, self._shares())
         patterns = batch.label.shape[0] // self.batch_multiple()
 
         # The finest steps are `d = 0` calls: one teacher batch holds all that start
@@ -107,7 +104,7 @@ class Objective(BaseObjective):
         velocity = self._velocity_inputs(batch_v, key_v)
         guided = self._guided_inputs(batch_g, key_g)
         coarse, d = self._consistency_inputs(batch_c, key_c)
-        fine = coarse._replace(d=schedule.embedded_step(d, self.base_steps))
+        fine = coarse._replace(d=time_grid.embedded_step(d, self.base_steps))
         unlabeled = guided._replace(label=jnp.full_like(guided.label, self.num_classes))
         conditional, unconditional, first = apply_together(
             apply,
@@ -177,7 +174,7 @@ class Objective(BaseObjective):
         """Inputs of the whole step 2d, and the half step d [B]."""
         key_level, key_t, key_w = jax.random.split(key, 3)
         num = batch.label.shape[0]
-        levels = schedule.num_levels(self.base_steps)
+        levels = time_grid.num_levels(self.base_steps)
         # Each size equally often, and whose turn it is to get one more at random.
         level = (
             jnp.arange(num) + jax.random.randint(key_level, (), 0, levels)
@@ -199,7 +196,7 @@ class Objective(BaseObjective):
     def _per_level(self, values, whole_step) -> dict[str, jax.Array]:
         """Mean self-consistency error and number of samples of each step size."""
         metrics = {}
-        for level in range(schedule.num_levels(self.base_steps)):
+        for level in range(time_grid.num_levels(self.base_steps)):
             chosen = whole_step == 0.5**level
             count = chosen.sum()
             error = jnp.where(chosen, values, 0.0).sum() / jnp.maximum(count, 1)
@@ -229,7 +226,7 @@ class Objective(BaseObjective):
         consistency = self._shares()[2]
         if not consistency:
             return self.batch_multiple()
-        patterns = math.ceil(schedule.num_levels(self.base_steps) / consistency)
+        patterns = math.ceil(time_grid.num_levels(self.base_steps) / consistency)
         return patterns * self.batch_multiple()
 
 

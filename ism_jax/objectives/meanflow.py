@@ -26,10 +26,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ism_jax import batch_parts
-from ism_jax import interpolant
-from ism_jax.batch_parts import Inputs
-from ism_jax.objectives import BaseObjective, Batch, check_fraction
+from ism_jax.method import interpolant, training_batch
+from ism_jax.method.training_batch import Batch, Inputs
+from ism_jax.objectives.base import BaseObjective, check_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Objective(BaseObjective):
         label = interpolant.drop_labels(
             key_label, batch.label, self.label_dropout, self.num_classes
         )
-        batches = batch_parts.split(batch._replace(label=label), self.batch_split)
+        batches = training_batch.split(batch._replace(label=label), self.batch_split)
         patterns = batch.label.shape[0] // self.batch_multiple()
         (t_still, _), (t_moving, d) = (
             self.sample_steps(k, part.label.shape[0])
@@ -110,7 +109,9 @@ class Objective(BaseObjective):
             velocities[0],
             self.mean_velocity(apply, teacher, moving, velocities[1], progress),
         )
-        predictions = batch_parts.apply_together(apply, params, patterns, still, moving)
+        predictions = training_batch.apply_together(
+            apply, params, patterns, still, moving
+        )
 
         loss, metrics = jnp.zeros(()), {}
         for name, prediction, target in zip(
@@ -161,7 +162,7 @@ class Objective(BaseObjective):
             part._replace(label=jnp.full_like(part.label, self.num_classes))
             for part in now
         ]
-        calls = batch_parts.apply_together(apply, params, patterns, *now, *null)
+        calls = training_batch.apply_together(apply, params, patterns, *now, *null)
         return [
             self.guided_velocity(v, conditional, unconditional, part.t, part.label)
             for v, conditional, unconditional, part in zip(

@@ -31,12 +31,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ism_jax import batch_parts
-from ism_jax import guidance
-from ism_jax import interpolant
-from ism_jax import schedule
-from ism_jax.batch_parts import Inputs
-from ism_jax.objectives import BaseObjective, Batch, check_fraction
+from ism_jax.method import guidance, interpolant, time_grid, training_batch
+from ism_jax.method.training_batch import Batch, Inputs
+from ism_jax.objectives.base import BaseObjective, check_fraction
 
 # The path ends at a little noise, as in the official code.
 NOISE_FLOOR = 1e-5
@@ -64,7 +61,7 @@ class Objective(BaseObjective):
 
     def __post_init__(self):
         check_fraction('objective.label_dropout', self.label_dropout)
-        schedule.check_base_steps(self.base_steps, 'objective.base_steps')
+        time_grid.check_base_steps(self.base_steps, 'objective.base_steps')
         if self.bootstrap_every < 2:
             raise ValueError(
                 f'objective.bootstrap_every = {self.bootstrap_every} must be at least '
@@ -90,7 +87,7 @@ class Objective(BaseObjective):
     ):
         del progress  # No curriculum.
         key_t, key_label, key_start = jax.random.split(key, 3)
-        batch_b, batch_f = batch_parts.split(batch, (1, self.bootstrap_every - 1))
+        batch_b, batch_f = training_batch.split(batch, (1, self.bootstrap_every - 1))
         patterns = batch_b.label.shape[0]
 
         t = jax.random.randint(key_t, batch_f.label.shape, 0, self.base_steps)
@@ -103,7 +100,7 @@ class Objective(BaseObjective):
         flow_target = batch_f.data - (1 - NOISE_FLOOR) * batch_f.noise
 
         # Each size equally often; what is left over are whole paths.
-        levels = schedule.num_levels(self.base_steps)
+        levels = time_grid.num_levels(self.base_steps)
         number = jnp.arange(patterns)
         even = patterns // levels * levels
         level = jnp.where(number < even, number % levels, 0)
@@ -120,7 +117,9 @@ class Objective(BaseObjective):
             apply, target_params, coarse.x, t, 0.5 / steps, batch_b.label
         )
 
-        predictions = batch_parts.apply_together(apply, params, patterns, coarse, flow)
+        predictions = training_batch.apply_together(
+            apply, params, patterns, coarse, flow
+        )
         loss, metrics = jnp.zeros(()), {}
         for name, prediction, target in zip(
             ('bootstrap', 'velocity'), predictions, (target, flow_target), strict=True
@@ -151,7 +150,7 @@ class Objective(BaseObjective):
 
     def _guided(self, apply, params, x, t, d, w, label):
         """A step's velocity with classifier-free guidance of strength w [B]."""
-        embedded = schedule.embedded_step(d, self.base_steps)
+        embedded = time_grid.embedded_step(d, self.base_steps)
         if not self.guidance:
             return apply(params, x, t, embedded, jnp.zeros_like(t), label)
         return guidance.classifier_free_velocity(
@@ -178,7 +177,7 @@ class Objective(BaseObjective):
 
     def min_batch(self) -> int:
         """So that every step size is trained in every batch."""
-        return schedule.num_levels(self.base_steps) * self.bootstrap_every
+        return time_grid.num_levels(self.base_steps) * self.bootstrap_every
 
     def guidance_range(self) -> tuple[float, float]:
         return self.guidance, self.guidance

@@ -1,0 +1,98 @@
+"""What training carries from step to step, and how it starts."""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ism_jax.runtime import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes; all of it is in the checkpoint.
+
+    Attributes:
+      step: int32, number of steps taken, skipped ones included.
+      params: online parameters, float32.
+      opt_state: of the optax optimizer.
+      target: fast average, or None where one average serves for both (no twin EMA).
+      infer: slow average, of which samples are made.
+      skipped: int32, steps skipped for a non-finite loss or gradient.
+      skipped_in_row: int32, the same since the last good step.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    target: Any
+    infer: Any
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+    def target_params(self):
+        """The tree that makes the teacher's targets."""
+        return self.infer if self.target is None else self.target
+
+
+def create(
+    init_params, tx: optax.GradientTransformation, mesh, *, twin_ema: bool
+) -> tuple[TrainState, Any]:
+    """A fresh state, made where it will live, and its shardings.
+
+    Args:
+      init_params: function of no arguments that returns the parameters.
+      tx: optimizer.
+      mesh: `sharding.make_mesh`.
+      twin_ema: whether `target` is kept beside `infer`.
+    """
+
+    def init():
+        params = init_params()
+        zero = jnp.zeros((), jnp.int32)
+        copy = lambda tree: jax.tree.map(jnp.copy, tree)
+        return TrainState(
+            step=zero,
+            params=params,
+            opt_state=tx.init(params),
+            target=copy(params) if twin_ema else None,
+            infer=copy(params),
+            skipped=zero,
+            skipped_in_row=zero,
+        )
+
+    shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
+    # Without partitionable keys the values would depend on the sharding.
+    with jax.threefry_partitionable(True):
+        return jax.jit(init, out_shardings=shardings)(), shardings
+
+
+def start_from(state: TrainState, modules: dict[str, Any], shardings) -> TrainState:
+    """A fresh state, of which all trees of parameters start from other values.
+
+    Args:
+      state, shardings: of `create`.
+      modules: NumPy arrays by module; modules that are missing keep their values.
+    """
+
+    def place(leaf, sharding):
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: np.array(leaf[index])
+        )
+
+    def replace(params, shardings):
+        chosen = {name: shardings[name] for name in modules}
+        return {**params, **jax.tree.map(place, modules, chosen)}
+
+    return dataclasses.replace(
+        state,
+        **{
+            name: replace(getattr(state, name), getattr(shardings, name))
+            for name in ('params', 'target', 'infer')
+            if getattr(state, name) is not None
+        },
+    )

@@ -1,0 +1,140 @@
+"""One training step: objective -> gradients -> update -> both averages. Pure.
+
+Every random draw is a function of (seed, step): `seed_key` never changes, the step
+number and the pool number are folded into it. A resumed run therefore repeats the
+uninterrupted one.
+"""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ism_jax.method import random_streams
+from ism_jax.method.training_batch import Batch
+from ism_jax.training import ema, paired_pool
+from ism_jax.training.train_state import TrainState
+
+
+def train_step(
+    state: TrainState,
+    pool: paired_pool.Pool,
+    seed_key: jax.Array,
+    *,
+    apply: Callable[..., jax.Array],
+    objective: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    distance: Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    tx: optax.GradientTransformation,
+    accumulate: int,
+    target_decay: float,
+    infer_decay: float,
+    ema_warmup: bool,
+    num_steps: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one step on the batch of `pool` whose turn it is.
+
+    A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+      state: donated by the caller.
+      pool: see `Pool`.
+      seed_key: the run's key.
+      apply: the network, `apply(params, x, t, d, w, label)`.
+      objective, distance: see `ism_jax.objectives`.
+      tx: optimizer.
+      accumulate: number of equal parts of the batch whose gradients are averaged.
+      target_decay, infer_decay, ema_warmup: see `ism_jax.training.ema`; the warm-up is of the
+        slow average.
+      num_steps: of the whole training, for objectives with a curriculum.
+
+    Returns:
+      The next state, and scalars by name.
+    """
+    batch = paired_pool.pool_batch(pool, state.step, seed_key)
+    key = random_streams.stream(seed_key, random_streams.OBJECTIVE, state.step)
+
+    def loss_fn(params, batch, key):
+        return objective(
+            apply,
+            params,
+            state.target_params(),
+            batch,
+            key,
+            distance=distance,
+            progress=state.step / num_steps,
+        )
+
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, metrics), gradient = _accumulated(
+        gradient_fn, state.params, batch, key, accumulate
+    )
+    gradient_norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = infer_decay
+    if ema_warmup:
+        decay = ema.warmup_decay(infer_decay, state.step - state.skipped)
+    infer = ema.update(state.infer, params, decay)
+    target = state.target
+    if target is not None:
+        target = ema.update(target, params, target_decay)
+
+    def keep_if_finite(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    new_state = TrainState(
+        step=state.step + 1,
+        params=keep_if_finite(params, state.params),
+        opt_state=keep_if_finite(opt_state, state.opt_state),
+        target=keep_if_finite(target, state.target),
+        infer=keep_if_finite(infer, state.infer),
+        skipped=state.skipped + ~finite,
+        skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+    )
+    metrics = metrics | {
+        'loss': loss,
+        'norm/gradient': gradient_norm,
+        'norm/update': optax.global_norm(updates),
+        'norm/params': optax.global_norm(new_state.params),
+        'distance/online_infer': _distance(new_state.params, new_state.infer),
+        'skipped': new_state.skipped,
+        'skipped_in_row': new_state.skipped_in_row,
+    }
+    if target is not None:
+        metrics['distance/online_target'] = _distance(
+            new_state.params, new_state.target
+        )
+        metrics['distance/target_infer'] = _distance(new_state.target, new_state.infer)
+    return new_state, metrics
+
+
+def _accumulated(gradient_fn, params, batch: Batch, key, parts: int):
+    """Mean loss, metrics and gradient over `parts` equal parts of the batch."""
+    if parts == 1:
+        return gradient_fn(params, batch, key)
+
+    def part_of(array):
+        # Strided, so that each device's samples are spread over all parts.
+        split = array.reshape(-1, parts, *array.shape[1:])
+        return jnp.moveaxis(split, 1, 0)
+
+    def body(total, xs):
+        part, number = xs
+        out = gradient_fn(params, part, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, out), None
+
+    batches = jax.tree.map(part_of, batch)
+    shapes = jax.eval_shape(
+        gradient_fn, params, jax.tree.map(lambda a: a[0], batches), key
+    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (batches, jnp.arange(parts)))
+    return jax.tree.map(lambda a: a / parts, total)
+
+
+def _distance(a: Any, b: Any) -> jax.Array:
+    """Euclidean distance of two parameter trees."""
+    return optax.global_norm(jax.tree.map(jnp.subtract, a, b))

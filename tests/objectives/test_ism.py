@@ -1,0 +1,327 @@
+"""The objective, term by term, against the equations and a flow known in closed form.
+
+`Recorder` runs the objective on any function in place of the network and keeps every
+call, so that targets are checked against the text of the method and not against a
+second copy of the code.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ism_jax import objectives
+from ism_jax.method.training_batch import Batch
+from ism_jax.objectives import flow_matching, ism
+
+NULL = 4
+BATCH = 64
+
+
+def _objective(**options):
+    return ism.Objective(num_classes=NULL, **options)
+
+
+def _batch(size=BATCH, seed=0):
+    rng = np.random.default_rng(seed)
+    noise, data = rng.normal(size=(2, size, 2, 2, 1)).astype(np.float32)
+    label = (np.arange(size) % NULL).astype(np.int32)
+    return Batch(jnp.asarray(noise), jnp.asarray(data), jnp.asarray(label))
+
+
+def _network(params, x, t, d, w, label):
+    """Any function that depends on everything it is given."""
+    scalar = params + jnp.sin(3 * t) + 2 * d + 0.3 * w + 0.7 * label
+    return jnp.cos(x) * scalar[:, None, None, None]
+
+
+class Recorder:
+    """Calls the objective; keeps the network's calls and the errors."""
+
+    def __init__(self, objective, batch, *, network=_network, key=0):
+        self.calls, self.errors = [], []
+
+        def apply(params, x, t, d, w, label):
+            self.calls.append((params, x, t, d, w, label))
+            return network(params, x, t, d, w, label)
+
+        def distance(error):
+            self.errors.append(error)
+            return jnp.mean(error**2, axis=(1, 2, 3)), {}
+
+        self.loss, self.metrics = objective(
+            apply, 1.0, 2.0, batch, jax.random.key(key), distance=distance, progress=0.0
+        )
+
+
+def _parts(batch, split=(2, 1, 1)):
+    """Which samples serve which term, from the documented pattern."""
+    place = np.arange(len(batch.label)) % sum(split)
+    ends = np.cumsum((0, *split))
+    return [np.flatnonzero((place >= a) & (place < b)) for a, b in zip(ends, ends[1:])]
+
+
+def _take(array, woven, split, part):
+    """Samples of one part out of a woven call."""
+    place = np.arange(len(array)) % sum(split)
+    start = sum(split[:part])
+    return np.asarray(array)[(place >= start) & (place < start + split[part])]
+
+
+def test_one_student_pass_and_two_teacher_passes():
+    record = Recorder(_objective(), _batch())
+    params = [call[0] for call in record.calls]
+    sizes = [len(call[2]) for call in record.calls]
+    assert params == [2.0, 2.0, 1.0]  # Target, target, online.
+    assert sizes == [48, 16, 64]  # Guidance twice + consistency, consistency, all.
+
+
+def test_velocity_and_guidance_targets():
+    batch = _batch()
+    objective = _objective(label_dropout=0.5)
+    record = Recorder(objective, batch)
+    velocity, guided, _ = _parts(batch)
+    student = record.calls[2]
+    x, t, d, w, label = (_take(a, BATCH, (2, 1, 1), 0) for a in student[1:])
+    np.testing.assert_array_equal(d, 0)
+    np.testing.assert_array_equal(w, 0)
+    expected = (1 - t)[:, None, None, None] * batch.noise[velocity]
+    expected += t[:, None, None, None] * batch.data[velocity]
+    np.testing.assert_allclose(x, expected, atol=1e-6)
+    dropped = label == NULL
+    assert 4 < dropped.sum() < 28
+    np.testing.assert_array_equal(label[~dropped], batch.label[velocity][~dropped])
+    error = _network(1.0, x, t, d, w, label) - (batch.data - batch.noise)[velocity]
+    np.testing.assert_allclose(record.errors[0], error, atol=1e-5)
+
+    x, t, d, w, label = (_take(a, BATCH, (2, 1, 1), 1) for a in student[1:])
+    np.testing.assert_array_equal(d, 0)
+    np.testing.assert_array_equal(label, batch.label[guided])
+    assert w.min() >= 0.25 and w.max() <= 3.5 and len(set(w.tolist())) > 5
+    zero, null = np.zeros_like(w), np.full_like(label, NULL)
+    difference = _network(2.0, x, t, d, zero, label) - _network(
+        2.0, x, t, d, zero, null
+    )
+    acting = np.where(t >= 0.3, w, 0.0)
+    assert 0 < (acting == 0).sum() < len(acting)
+    target = (batch.data - batch.noise)[guided] + acting[
+        :, None, None, None
+    ] * difference
+    error = _network(1.0, x, t, d, w, label) - target
+    np.testing.assert_allclose(record.errors[1], error, atol=1e-4)
+
+
+@pytest.mark.parametrize('midpoint', ['target', 'online'])
+def test_consistency_targets(midpoint):
+    batch = _batch()
+    record = Recorder(_objective(midpoint=midpoint), batch)
+    assert [call[0] for call in record.calls].count(1.0) == (
+        1 if midpoint == 'target' else 2
+    )
+    x, t, whole, w, label = (
+        _take(a, BATCH, (2, 1, 1), 2) for a in record.calls[-1][1:]
+    )
+    d = whole / 2
+    # Whole steps are 1, 1/2, ..., 2/128, in equal numbers, from multiples of themselves.
+    levels = np.log2(1 / whole)
+    assert (levels == levels.round()).all() and levels.min() == 0 and levels.max() == 6
+    counts = np.bincount(levels.astype(int), minlength=7)
+    assert counts.max() - counts.min() <= 1
+    assert (t % whole == 0).all() and (t + whole <= 1).all()
+    assert w.min() >= 0 and len(set(w.tolist())) > 4
+    told = np.where(d == 1 / 128, 0, d)  # The finest step is the velocity.
+    assert (told == 0).any() and (told > 0).any()
+    first = _network(2.0, x, t, told, w, label)
+    move = first if midpoint == 'target' else _network(1.0, x, t, told, w, label)
+    second = _network(2.0, x + d[:, None, None, None] * move, t + d, told, w, label)
+    error = _network(1.0, x, t, whole, w, label) - (first + second) / 2
+    np.testing.assert_allclose(record.errors[2], error, atol=1e-4)
+    total = sum(jnp.mean(e**2) for e in record.errors)
+    np.testing.assert_allclose(record.loss, total, rtol=1e-5)
+
+
+def test_no_gradient_flows_into_targets():
+    batch = _batch()
+
+    def loss(params, target_params, midpoint):
+        apply = lambda p, *args: p * _network(1.0, *args)
+        distance = lambda e: (jnp.mean(e**2, axis=(1, 2, 3)), {})
+        return _objective(midpoint=midpoint)(
+            apply, params, target_params, batch, jax.random.key(0),
+            distance=distance, progress=0.0,
+        )[0]  # fmt: skip
+
+    for midpoint in ('target', 'online'):
+        assert jax.grad(loss, argnums=1)(1.0, 2.0, midpoint) == 0
+        assert jax.grad(loss)(1.0, 2.0, midpoint) != 0
+
+
+def test_loss_weights_and_split():
+    batch = _batch()
+    errors = [jnp.mean(e**2) for e in Recorder(_objective(), batch).errors]
+    weighted = Recorder(_objective(loss_weights=(1.0, 0.5, 3.0)), batch)
+    expected = errors[0] + 0.5 * errors[1] + 3 * errors[2]
+    np.testing.assert_allclose(weighted.loss, expected, rtol=1e-5)
+    split = Recorder(_objective(batch_split=(1, 1, 2)), batch)
+    assert [len(e) for e in split.errors] == [16, 16, 32]
+    alone = Recorder(_objective(batch_split=(0, 0, 1)), batch)
+    assert [len(e) for e in alone.errors] == [64] and len(alone.calls) == 3
+
+
+def test_without_guidance_nothing_is_guided():
+    record = Recorder(_objective(intrinsic_guidance=False), _batch())
+    assert all((call[4] == 0).all() for call in record.calls)
+    assert 'guidance/loss' not in record.metrics
+    assert [len(e) for e in record.errors] == [48, 16]  # Its share goes to velocity.
+    assert _objective(intrinsic_guidance=False).guidance_range() == (0, 0)
+
+
+def test_without_interval_guidance_acts_everywhere():
+    batch = _batch()
+    always = Recorder(_objective(guidance_interval=0.0), batch)
+    late = Recorder(_objective(guidance_interval=0.3), batch)
+    t = _take(late.calls[-1][2], BATCH, (2, 1, 1), 1)
+    changed = np.abs(always.errors[1] - late.errors[1]).max((1, 2, 3)) > 1e-6
+    np.testing.assert_array_equal(changed, t < 0.3)
+
+
+def _affine_flow(mean, scale):
+    """Velocity and flow of N(0, I) to N(mean_c, scale_c^2), in closed form.
+
+    With independent pairs x_t is Gaussian with mean t m and variance
+    s_t^2 = (1 - t)^2 + t^2 scale^2, and the flow is affine:
+    phi_{t -> u}(x) = u m + (s_u / s_t) (x - t m).
+    """
+
+    def deviation(t, c):
+        return jnp.sqrt((1 - t) ** 2 + (t * scale[c]) ** 2)
+
+    def velocity(x, t, c):
+        m, s2 = mean[c], deviation(t, c) ** 2
+        slope = (t * scale[c] ** 2 - (1 - t)) / s2
+        expand = lambda a: a[:, None, None, None]
+        return expand(m) + expand(slope) * (x - expand(t * m))
+
+    def step(params, x, t, d, w, c):
+        """Average velocity over [t, t + d]; the velocity itself where d = 0."""
+        del params, w
+        expand = lambda a: a[:, None, None, None]
+        end = jnp.minimum(t + d, 1.0)
+        ratio = deviation(end, c) / deviation(t, c)
+        moved = expand(end * mean[c]) + expand(ratio) * (x - expand(t * mean[c]))
+        average = (moved - x) / expand(jnp.where(d > 0, d, 1.0))
+        return jnp.where(expand(d) > 0, average, velocity(x, t, c))
+
+    return velocity, step
+
+
+def test_the_true_flow_map_is_self_consistent():
+    """Targets equal the closed form; only the finest step, told as d = 0, errs by O(d)."""
+    mean = jnp.array([1.0, -2.0, 0.5, 3.0, 0.0])
+    scale = jnp.array([0.5, 1.0, 2.0, 0.7, 1.5])
+    _, step = _affine_flow(mean, scale)
+    record = Recorder(_objective(batch_split=(0, 0, 1)), _batch(256), network=step)
+    whole = np.asarray(record.calls[-1][3])
+    error = np.abs(record.errors[0]).max((1, 2, 3))
+    assert error[whole > 2 / 128].max() < 1e-4
+    finest = error[whole == 2 / 128]
+    assert 1e-4 < finest.max() < 0.2
+    coarse = Recorder(
+        _objective(batch_split=(0, 0, 1), base_steps=32), _batch(256), network=step
+    )
+    worse = np.abs(coarse.errors[0]).max((1, 2, 3))
+    worse = worse[np.asarray(coarse.calls[-1][3]) == 2 / 32]
+    assert 2 < worse.mean() / finest.mean() < 8  # First order: four times the step.
+
+
+def test_the_misprint_would_show():
+    """With t in place of t + d in the second half-step the true map is inconsistent."""
+    _, step = _affine_flow(jnp.array([1.0, -2, 0.5, 3, 0]), jnp.full(5, 0.5))
+    x, t = jnp.ones((1, 2, 2, 1)), jnp.zeros(1)
+    d, w, c = jnp.full(1, 0.5), jnp.zeros(1), jnp.zeros(1, int)
+    first = step(0, x, t, d, w, c)
+    half = x + 0.5 * first
+    whole = step(0, x, t, 2 * d, w, c)
+    right = (first + step(0, half, t + d, d, w, c)) / 2
+    wrong = (first + step(0, half, t, d, w, c)) / 2
+    assert jnp.abs(whole - right).max() < 1e-5 < 0.1 < jnp.abs(whole - wrong).max()
+
+
+def test_the_conditional_velocity_minimises_the_velocity_loss():
+    mean, scale = jnp.array([1.0, -2.0, 0.5, 3.0, 0.0]), jnp.full(5, 0.5)
+    velocity, step = _affine_flow(mean, scale)
+    rng = np.random.default_rng(0)
+    label = (np.arange(4096) % 4).astype(np.int32)
+    noise = rng.normal(size=(4096, 1, 1, 1)).astype(np.float32)
+    data = np.asarray(mean)[label][:, None, None, None]
+    data = data + 0.5 * rng.normal(size=noise.shape).astype(np.float32)
+    batch = Batch(jnp.asarray(noise), jnp.asarray(data), jnp.asarray(label))
+    objective = flow_matching.Objective(num_classes=4, label_dropout=0.0)
+    losses = [
+        float(Recorder(objective, batch, network=network).loss)
+        for network in (
+            step,
+            lambda *a: step(*a) + 0.1,
+            lambda *a: 1.1 * step(*a),
+        )
+    ]
+    assert losses[0] < min(losses[1:])
+
+
+def test_every_draw_depends_on_the_key():
+    batch = _batch()
+    first, same, other = (Recorder(_objective(), batch, key=k) for k in (0, 0, 1))
+    assert first.loss == same.loss != other.loss
+
+
+def test_metrics_per_level():
+    record = Recorder(_objective(), _batch())
+    counts = [
+        float(record.metrics[f'consistency_samples/step_1_over_{2**k}'])
+        for k in range(7)
+    ]
+    assert sum(counts) == 16
+    errors = [
+        float(record.metrics[f'consistency_error/step_1_over_{2**k}']) for k in range(7)
+    ]
+    mean = sum(c * e for c, e in zip(counts, errors)) / 16
+    np.testing.assert_allclose(mean, record.metrics['consistency/loss'], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'options,message',
+    [
+        (dict(base_steps=100), 'objective.base_steps = 100 must be a power of two'),
+        (dict(batch_split=(1, 1)), 'objective.batch_split'),
+        (dict(batch_split=(0, 0, 0)), 'objective.batch_split'),
+        (dict(batch_split=(0.5, 1, 1)), 'whole numbers'),
+        (dict(loss_weights=(1, -1, 1)), 'objective.loss_weights'),
+        (dict(midpoint='student'), "'target' or 'online'"),
+        (dict(guidance_interval=1.0), 'objective.guidance_interval = 1.0'),
+        (dict(guidance_max=3.4), 'multiple of objective.guidance_step'),
+        (dict(guidance_step=0.0), 'objective.guidance_step'),
+        (dict(label_dropout=-0.1), 'objective.label_dropout'),
+    ],
+)
+def test_options_that_could_not_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        _objective(**options)
+
+
+def test_the_smallest_batch_sees_every_step_size():
+    for split in itertools.product((0, 1, 3), (0, 2), (0, 1, 4)):
+        if not sum(split):
+            continue
+        objective = _objective(batch_split=split)
+        size = objective.min_batch()
+        assert size % objective.batch_multiple() == 0
+        if split[2]:
+            record = Recorder(objective, _batch(size))
+            assert len(set(np.asarray(record.calls[-1][3]).tolist()) - {0.0}) == 7
+
+
+def test_unknown_objective():
+    with pytest.raises(ValueError, match="'isn' is unknown; choose one of alpha_flow"):
+        objectives.load('isn')

@@ -1,0 +1,173 @@
+"""The plan against what XLA reports, and counts against hand and against XLA."""
+
+import functools
+import importlib.util
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ism_jax import config as config_lib
+from ism_jax import cost, experiment
+from ism_jax.data import sources
+from ism_jax.models import sit
+from ism_jax.runtime import sharding
+from ism_jax.training import paired_pool, train_state
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('imagenet*_xl2.py'))
+
+
+def _get_config(name, *args):
+    path = ROOT / 'configs' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+def test_products_are_counted_where_they_stand():
+    a, b = jnp.zeros((3, 4)), jnp.zeros((4, 5))
+    assert cost.count_flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
+    batched = jnp.zeros((7, 3, 4)), jnp.zeros((7, 4, 5))
+    assert cost.count_flops(jax.jit(jnp.matmul), *batched) == 7 * 2 * 3 * 4 * 5
+
+    def repeated(x):
+        return jax.lax.scan(lambda c, _: (c @ x, None), x, length=6)[0]
+
+    square = jnp.zeros((4, 4))
+    assert cost.count_flops(repeated, square) == 6 * 2 * 4**3
+    # Backwards there are two products for each.
+    gradient = jax.grad(lambda x: repeated(x).sum())
+    assert cost.count_flops(gradient, square) == 18 * 2 * 4**3
+    remat = jax.checkpoint(lambda x: jnp.sin(x @ x))
+    assert cost.count_flops(remat, square) == 2 * 4**3
+    image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=(1, 1), padding='SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )  # fmt: skip
+    assert cost.count_flops(convolve, image, kernel) == 2 * (2 * 8 * 8 * 5) * 27
+    with pytest.raises(ValueError, match='in a while loop'):
+        cost.count_flops(
+            lambda x: jax.lax.while_loop(lambda y: y.sum() < 3, lambda y: y @ y, x),
+            square,
+        )
+
+
+def test_sit_costs_what_its_authors_say():
+    """118.6 billion multiplications for an image of 32x32x4 (SiT, table 1)."""
+    model = experiment.make_model(_get_config('imagenet256_ism_xl2'), 1000)
+    params = sit.abstract_params(model, (32, 32, 4))
+    x, one = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1)
+    found = cost.count_flops(
+        functools.partial(experiment.apply_model, model), params, x, one, one, one,
+        jnp.zeros(1, jnp.int32),
+    )  # fmt: skip
+    assert found / 2e9 == pytest.approx(118.64, rel=0.01)
+
+
+def test_counts_are_those_of_xla():
+    """Of a network whose layers are not scanned; XLA counts other operations too."""
+    config = config_lib.default()
+    config.model.update(hidden_size=128, depth=2, num_heads=2, patch_size=4, unroll=2)
+    model = experiment.make_model(config, 10)
+    shape = (32, 32, 1)
+    params = sit.init_params(model, shape, jax.random.key(0))
+    x, t = jnp.zeros((4, *shape)), jnp.zeros(4)
+    args = params, x, t, t, t, jnp.zeros(4, jnp.int32)
+    apply = functools.partial(experiment.apply_model, model)
+    analysis = jax.jit(apply).lower(*args).compile().cost_analysis()
+    assert cost.count_flops(apply, *args) == pytest.approx(analysis['flops'], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    'name, passes',
+    # Forward passes of a sample: 3 for a gradient; teachers as the batch is split.
+    [('ism', 3 + 2 / 4 + 2 / 4), ('flow_matching', 3), ('shortcut', 3 + 4 / 8)],
+)
+def test_steps_cost_the_passes_that_the_method_makes(name, passes):
+    config = _get_config('imagenet256_ism_xl2', name)
+    found = cost.make_plan(config, 8, 1000).flops_per_step
+    assert found == pytest.approx(passes * 256 * 2 * 118.64e9, rel=0.02)
+
+
+@pytest.mark.parametrize('data, fsdp', [(8, 1), (2, 4), (1, 8)])
+def test_bytes_of_the_state_are_what_xla_reports(data, fsdp):
+    config = _get_config('quickstart', 'runlocal')
+    config.model.update(hidden_size=64, depth=3)
+    config.mesh.update(data=data, fsdp=fsdp)
+    source = sources.make_source(
+        config.data.source, **config_lib.source_options(config)
+    )
+    mesh = sharding.make_mesh(data, fsdp)
+    state, shardings = train_state.create(
+        lambda: sit.init_params(
+            experiment.make_model(config, 10), source.image_shape, jax.random.key(0)
+        ),
+        experiment.make_optimizer(config),
+        mesh,
+        twin_ema=config.ema.twin,
+    )
+    loader = experiment.make_loader(
+        config, source, batches=experiment.pool_batches(config)
+    )
+    key = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
+    pool, _ = paired_pool.next_pool(
+        loader, experiment.make_coupling(config, mesh, 10), mesh, key
+    )
+    loader.close()
+    step = experiment.compiled_step(config, source, mesh, shardings)
+    memory = step.lower(state, pool, key).compile().memory_analysis()
+    made = cost.make_plan(config, 8, 10)
+    sizes = made.bytes_per_device
+    held = ('parameters', 'optimizer', 'target average', 'slow average', 'pool')
+    predicted = sum(sizes[name] for name in held)
+    assert memory.argument_size_in_bytes == pytest.approx(predicted, rel=0.01)
+    # A gradient and what is kept are not all that XLA needs, but the most of it.
+    least = sizes['gradient'] + sizes['kept for the backward pass']
+    assert 0.5 * least < memory.temp_size_in_bytes < 4 * least
+    if fsdp > 1:
+        whole = cost.make_plan(_replicated(config), 8, 10).bytes_per_device
+        assert sizes['parameters'] < 1.3 * whole['parameters'] / fsdp
+
+
+def _replicated(config):
+    config = config.copy_and_resolve_references()
+    config.mesh.update(data=8, fsdp=1)
+    return config
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_command_line_tells_the_plan(name):
+    config = _get_config(name)
+    text = cost.format_plan(cost.make_plan(config, 16, 1000), 300.0)
+    assert '16 devices' in text and 'hours if a device sustains 300 TFLOP/s' in text
+
+
+def test_plan_needs_no_data_and_no_devices(tmp_path):
+    command = (
+        sys.executable, '-m', 'ism_jax.train', '--plan', '--plan_devices=64',
+        '--config=configs/imagenet256_ism_xl2.py', '--config.mesh.fsdp=16',
+        f'--workdir={tmp_path / "run"}',
+    )  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and '676,459,024 parameters' in done.stdout, done.stderr
+    assert not (tmp_path / 'run').exists()
+    done = subprocess.run(
+        [*command, '--config.mesh.fsdp=5'], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and 'mesh.fsdp = 5 is not the' in done.stderr
+
+
+def test_remat_keeps_less():
+    config = _get_config('imagenet256_ism_xl2')
+    kept = {}
+    for remat in ('none', 'dots', 'full'):
+        config.model.remat = remat
+        sizes = cost.make_plan(config, 8, 1000).bytes_per_device
+        kept[remat] = sizes['kept for the backward pass']
+    assert kept['full'] < 0.5 * kept['dots'] < 0.25 * kept['none']
