@@ -152,8 +152,8 @@ def use_objective(config, name: str, **options) -> None:
         part.enabled = name == 'ism'
     config.ema.twin = name == 'ism'
     objective = make_objective(config, num_classes=1)
-    config.model.update(objective.model_options())
-    low, high = objective.guidance_range()
+    config.model.update(objective.model_options)
+    low, high = objective.guidance_range
     clip = lambda w: min(max(w, low), high)
     config.sample.guidance = tuple(sorted({clip(w) for w in config.sample.guidance}))
     config.log.grid_guidance = clip(config.log.grid_guidance)
@@ -202,13 +202,13 @@ def _apply_argument(config, argument: str) -> None:
             remat='none',
         )  # fmt: skip
         objective = make_objective(config, num_classes=1)
-        config.train.update(batch_size=max(32, objective.min_batch()), steps=20)
+        config.train.update(batch_size=max(32, objective.min_batch), steps=20)
         config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 5)
         config.transport.batches = 4
         config.wavelet.levels = min(config.wavelet.levels, 5)
         config.log.update(every=5, grid_every=10)
         config.checkpoint.every = 10
-        low, high = objective.guidance_range()
+        low, high = objective.guidance_range
         guidance = tuple(sorted({low, min(low + 1.0, high)}))
         config.sample.update(steps=(1, 2), guidance=guidance, batch_size=50)
         config.scores.update(samples=100, checkpoint_samples=0)
@@ -501,15 +501,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     _validate_normalisation(c)
     objective = make_objective(c, num_classes=1)
-    needed = objective.model_options().get('step_embedding', c.model.step_embedding)
+    needed = objective.model_options.get('step_embedding', c.model.step_embedding)
     if c.model.step_embedding != needed:
         raise ValueError(
             f'model.step_embedding = {c.model.step_embedding!r} does not serve '
             f'objective.name = {c.objective.name!r}; set it to {needed!r}'
         )
-    if objective.finest_steps() > 2**sit.MAX_LEVELS:
+    if objective.base_steps > 2**sit.MAX_LEVELS:
         raise ValueError(
-            f'objective.base_steps = {objective.finest_steps()} must be at most '
+            f'objective.base_steps = {objective.base_steps} must be at most '
             f'{2**sit.MAX_LEVELS}, the sizes that the network tells apart'
         )
     _validate_batch(c, objective)
@@ -525,7 +525,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             band_variance=variance,
         )
     for number in (*c.sample.steps, *c.log.grid_steps):
-        time_grid.dyadic_schedule(number, objective.finest_steps())
+        time_grid.dyadic_schedule(number, objective.base_steps)
     check_guidance(objective, (*c.sample.guidance, c.log.grid_guidance))
     if c.scores.enabled and c.scores.samples < 100:
         raise ValueError(
@@ -555,8 +555,8 @@ def _validate_normalisation(c) -> None:
 def _validate_batch(c, objective) -> None:
     """The official shortcut-models code lets these pass in silence."""
     size, parts = c.train.batch_size, c.train.accumulate
-    multiple = objective.batch_multiple() * parts
-    smallest = objective.min_batch() * parts
+    multiple = objective.batch_multiple * parts
+    smallest = objective.min_batch * parts
     given = f'train.batch_size = {size} (in train.accumulate = {parts} part(s))'
     if size < smallest:
         raise ValueError(
@@ -574,7 +574,7 @@ def _validate_batch(c, objective) -> None:
 
 def check_guidance(objective: base.BaseObjective, values) -> None:
     """Raises ValueError for guidance strengths that the method does not offer."""
-    low, high = objective.guidance_range()
+    low, high = objective.guidance_range
     for w in values:
         if not low <= w <= high:
             raise ValueError(

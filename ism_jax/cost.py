@@ -150,9 +150,9 @@ def step_flops(config, num_classes: int, shape, params) -> int:
 def _smallest_batch(config) -> int:
     """The least batch that splits as the whole one does."""
     objective = config_lib.make_objective(config, 1)
-    size, multiple = config.train.batch_size, objective.batch_multiple()
+    size, multiple = config.train.batch_size, objective.batch_multiple
     options = range(multiple, size + 1, multiple)
-    return next(n for n in options if n >= objective.min_batch() and size % n == 0)
+    return next(n for n in options if n >= objective.min_batch and size % n == 0)
 
 
 def _loss(config, num_classes: int, shape, size: int):

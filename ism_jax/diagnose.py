@@ -78,12 +78,12 @@ class Subject(NamedTuple):
 
     def field(self, x, t, label):
         """The smallest step's velocity without guidance."""
-        d = jnp.full_like(t, 1 / self.objective.finest_steps())
+        d = jnp.full_like(t, 1 / self.objective.base_steps)
         return self.velocity(self.params, x, t, d, jnp.zeros_like(t), label)
 
     def guidances(self) -> tuple[float, float]:
         """Lowest and highest strength that is looked at."""
-        low, high = self.objective.guidance_range()
+        low, high = self.objective.guidance_range
         return low, min(high, max(low, GUIDANCE_MAX))
 
     def some(self, num: int):
@@ -94,18 +94,18 @@ class Subject(NamedTuple):
         """Samples of the labels of the data, [num, H, W, C]; always the same noise."""
         batches = self.sampler.batches(
             self.params, jax.random.key(self.seed), self.label[:num], guidance=w,
-            schedule=time_grid.dyadic_schedule(steps, self.objective.finest_steps()),
+            schedule=time_grid.dyadic_schedule(steps, self.objective.base_steps),
         )  # fmt: skip
         return np.concatenate([np.asarray(images) for images, _ in batches])
 
     def field_scale(self) -> float:
         """Guidance scale that the smallest step has even where none is asked for."""
-        low, high = self.objective.guidance_range()
+        low, high = self.objective.guidance_range
         if low != high or not low:
             return 1.0
         noise, _, label = self.some(4)
         t = jnp.full(label.shape, 0.5)
-        d = jnp.full(label.shape, 1 / self.objective.finest_steps())
+        d = jnp.full(label.shape, 1 / self.objective.base_steps)
         with_w, without = (
             np.asarray(self.velocity(self.params, noise, t, d, w + 0 * t, label))
             for w in (low, 0.0)
@@ -113,7 +113,7 @@ class Subject(NamedTuple):
         return 1 + low if np.array_equal(with_w, without) else 1.0
 
     def step_counts(self) -> list[int]:
-        return [n for n in STEP_COUNTS if n <= self.objective.finest_steps()]
+        return [n for n in STEP_COUNTS if n <= self.objective.base_steps]
 
 
 def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]:
@@ -230,7 +230,7 @@ def diagnose_compounding(subject: Subject, closed: Mapping) -> report.Section:
         'method applies it again at each of its doublings of the step, a step of N '
         'smallest ones is pushed with g to the power log2 N: 17 in place of 1.5.',
     )
-    if not w or not subject.objective.learns_steps():
+    if not w or not subject.objective.conditions_on_step:
         why = 'no guidance' if not w else 'no steps of different sizes'
         return report.Section(
             number='does not apply',
@@ -259,7 +259,7 @@ def diagnose_compounding(subject: Subject, closed: Mapping) -> report.Section:
             grade = 'fair'  # A fault, but not this one.
             where = 'in long steps' if growth < 0.8 else 'at all sizes of steps'
             verdict = f'guidance is weaker than asked for {where}'
-        if last < subject.objective.finest_steps():
+        if last < subject.objective.base_steps:
             verdict += '; longer ones are not like guided steps of any scale'
     else:
         number, grade = 'undetermined', 'none'
@@ -295,10 +295,10 @@ def measure_compounding(
         data,
         label,
         null=objective.num_classes,
-        base_steps=objective.finest_steps(),
-        interval=getattr(objective, 'guidance_interval', 0.0),
+        base_steps=objective.base_steps,
+        interval=objective.guidance_interval,
         field_scale=subject.field_scale(),
-        first_time=objective.first_time(),
+        start_time=objective.start_time,
         seed=subject.seed,
     )
 
@@ -326,7 +326,7 @@ def diagnose_response(subject: Subject) -> report.Section:
     reference = _guided_samples(subject, strengths, num)
     expected = diagnostics.guidance_response(reference)
     responses, strips = {}, {}
-    counts = [n for n in (1, 4) if n <= subject.objective.finest_steps()]
+    counts = [n for n in (1, 4) if n <= subject.objective.base_steps]
     for steps in counts:
         name = f'{steps} step' if steps == 1 else f'{steps} steps'
         if baked:
@@ -370,16 +370,16 @@ def _guided_samples(subject: Subject, strengths, num: int) -> np.ndarray:
     """Samples by smallest steps with classifier-free guidance, [G, num, H, W, C]."""
     objective = subject.objective
     _, _, label = subject.some(num)
-    steps = objective.finest_steps()
+    steps = objective.base_steps
     noise = _sample_noise(subject, num)
-    t = jnp.full(label.shape, objective.first_time())
+    t = jnp.full(label.shape, objective.start_time)
 
     @jax.jit
     def end(scale):
         velocity = diagnostics.guided_steps(
             subject.field, noise, t, 1 - t, label, null=objective.num_classes,
             scale=scale, steps=steps,
-            interval=getattr(objective, 'guidance_interval', 0.0),
+            interval=objective.guidance_interval,
         )  # fmt: skip
         return noise + (1 - t)[:, None, None, None] * velocity
 
@@ -444,7 +444,7 @@ def diagnose_frequencies(subject: Subject, num: int) -> report.Section:
 def diagnose_consistency(subject: Subject) -> report.Section:
     """Section of fault 4."""
     errors = {}
-    if subject.objective.learns_steps():
+    if subject.objective.conditions_on_step:
         errors = _consistency_errors(subject)
     online = subject.averages['online']
     lags = {}
@@ -469,7 +469,7 @@ def diagnose_consistency(subject: Subject) -> report.Section:
         'Right: distance of the averages from the online network; outputs on the same '
         'inputs.' if errors else 'Distance of the averages from the online network.',
     )  # fmt: skip
-    used = subject.objective.uses_target()
+    used = subject.objective.uses_target_ema
     lag = f'target lags by {lag}' if used else f'average lags by {lag}'
     if not errors:
         return report.Section(
@@ -496,7 +496,7 @@ def diagnose_consistency(subject: Subject) -> report.Section:
 def _consistency_errors(subject: Subject) -> dict[float, dict[float, float]]:
     """w -> {whole step: error} on points of the training's paths."""
     objective = subject.objective
-    base = objective.finest_steps()
+    base = objective.base_steps
     noise, data, label = subject.some(2 * FEW_SAMPLES)
     low, high = subject.guidances()
     errors = {}
@@ -520,11 +520,11 @@ def _lags(subject: Subject, params, online) -> dict[str, float]:
     """Distances of an average from the online network."""
     lags = {'parameters': diagnostics.parameter_distance(params, online)}
     noise, data, label = subject.some(2 * FEW_SAMPLES)
-    base = subject.objective.finest_steps()
+    base = subject.objective.base_steps
     low, _ = subject.guidances()
     rng = np.random.default_rng(subject.seed)
     sizes = [base]
-    if subject.objective.learns_steps():
+    if subject.objective.conditions_on_step:
         sizes = sorted({base, max(1, base // 8), 1}, reverse=True)
     for steps in sizes:
         start = diagnostics.aligned_times(rng, label.shape[0], steps, base)
@@ -543,12 +543,6 @@ def _lags(subject: Subject, params, online) -> dict[str, float]:
     return lags
 
 
-def follows_paths(objective: base.BaseObjective) -> bool:
-    """Whether samples move along a path, without noise that is added on the way."""
-    own = type(objective).sample is not base.BaseObjective.sample
-    return not own or getattr(objective, 'sampler', '') == 'pushforward'
-
-
 def diagnose_paths(subject: Subject) -> report.Section:
     """Section of fault 5."""
     crossings = _crossings(subject)
@@ -562,7 +556,7 @@ def diagnose_paths(subject: Subject) -> report.Section:
         'curve where training pairs of noise and image cross each other, so good pairs '
         '(optimal transport) make straight paths.',
     )
-    if not follows_paths(subject.objective):
+    if not subject.objective.deterministic:
         return report.Section(
             number=f'length does not apply; {crossing}',
             verdict=f'{subject.name} adds noise on the way, so there are no paths',
@@ -573,7 +567,7 @@ def diagnose_paths(subject: Subject) -> report.Section:
     num = min(FEW_SAMPLES, len(subject.label))
     _, _, label = subject.some(num)
     low, _ = subject.guidances()
-    base = objective.finest_steps()
+    base = objective.base_steps
     clipped = [
         objective.clip_step(t, d)
         for t, d in zip(
@@ -702,7 +696,7 @@ def run_compounding():
         subject, step = load_subject(FLAGS.workdir, FLAGS.step, FEW_SAMPLES)
         low, high = subject.guidances()
         w = low if low == high else min(COMPOUNDING_GUIDANCE, high)
-        if not w or not subject.objective.learns_steps():
+        if not w or not subject.objective.conditions_on_step:
             raise ValueError(
                 f'{FLAGS.workdir} is of the method {subject.name!r}, which has no '
                 'guidance or no steps of different sizes; give a run of one that has'

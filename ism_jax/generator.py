@@ -63,8 +63,8 @@ class Generator:
             batch_size=MAX_BATCH,
         )  # fmt: skip
         self.class_names = run.class_names
-        self.base_steps = self._objective.finest_steps()
-        self.guidance_range = self._objective.guidance_range()
+        self.base_steps = self._objective.base_steps
+        self.guidance_range = self._objective.guidance_range
         self.trained_steps = run.step
         self.image_shape = self._sampler.shown_shape()
 
@@ -174,7 +174,7 @@ class Generator:
     @property
     def has_paths(self) -> bool:
         """Whether `path` and `between` work: the method adds no noise between steps."""
-        return self._sampler.is_deterministic
+        return self._sampler.deterministic
 
     def _noise(self, seed: int) -> jax.Array:
         return self._sampler.noise(jax.random.key(seed), [0])

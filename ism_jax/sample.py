@@ -76,7 +76,7 @@ def sample_grid(
     objective = config_lib.make_objective(run.config, len(run.class_names))
     config_lib.check_guidance(objective, guidance)
     for steps in schedules_:
-        time_grid.check_schedule(steps, objective.finest_steps())
+        time_grid.check_schedule(steps, objective.base_steps)
     sampler = experiment.make_sampler(
         run.config, objective, run.apply, run.image_shape,
         batch_size=min(run.config.sample.batch_size, len(labels)),
@@ -123,7 +123,7 @@ def write_samples(out, images: np.ndarray, schedules_, guidance, labels, setting
 def run_flags():
     """Does what the command line says."""
     run = trained_network.load(FLAGS.workdir, FLAGS.step)
-    base_steps = config_lib.make_objective(run.config, 1).finest_steps()
+    base_steps = config_lib.make_objective(run.config, 1).base_steps
     if FLAGS.schedule:
         chosen = [command_line.parse_numbers(FLAGS.schedule, float)]
     else:

@@ -87,7 +87,7 @@ def test_slerp_keeps_to_the_sphere():
 
 def test_no_path_where_noise_is_added_between_steps(model, monkeypatch):
     assert model.has_paths
-    monkeypatch.setattr(model._sampler, 'is_deterministic', False)
+    monkeypatch.setattr(model._sampler, 'deterministic', False)
     with pytest.raises(ValueError, match='adds noise between steps'):
         model.path(0)
 

@@ -269,7 +269,7 @@ def compounding(
     base_steps: int,
     interval: float = 0.0,
     field_scale: float = 1.0,
-    first_time: float = 0.0,
+    start_time: float = 0.0,
     seed: int = 0,
 ) -> dict[int, EffectiveScale]:
     """Effective guidance scale in steps of N = 1, 2, 4, ..., base_steps smallest ones.
@@ -285,7 +285,7 @@ def compounding(
         are looked at, and the small steps are not guided before it.
       field_scale: scale that the field's conditional velocity has already, 1 for none;
         the scale of small steps is relative to it.
-      first_time: where the method's time begins, a little after 0.
+      start_time: where the method's time begins, a little after 0.
       seed: of the start times.
 
     Returns:
@@ -304,7 +304,7 @@ def compounding(
     for steps in 2 ** np.arange(time_grid.num_levels(base_steps) + 1):
         steps = int(steps)
         start = aligned_times(rng, label.shape[0], steps, base_steps, interval)
-        t = jnp.maximum(start, first_time)
+        t = jnp.maximum(start, start_time)
         x = interpolant.interpolate(noise, data, t)
         d = start + steps / base_steps - t
         found = effective_scale(

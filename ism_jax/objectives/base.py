@@ -54,7 +54,7 @@ class BaseObjective:
           apply, params: the network and its parameters, as in training.
           x: [B, H, W, C]; t, d, w, label: [B].
         """
-        embedded = time_grid.embedded_step(d, self.finest_steps())
+        embedded = time_grid.embedded_step(d, self.base_steps)
         return apply(params, x, t, embedded, w, label)
 
     def sample(self, apply, params, noise, label, w, times, steps, key) -> jax.Array:
@@ -81,30 +81,46 @@ class BaseObjective:
         return jax.lax.scan(body, noise, (times, steps))[0]
 
     def clip_step(self, t, d):
-        """The step from t to t + d without the part before `first_time`."""
-        begin = jnp.maximum(t, self.first_time())
+        """The step from t to t + d without the part before `start_time`."""
+        begin = jnp.maximum(t, self.start_time)
         return begin, t + d - begin
 
-    def first_time(self) -> float:
+    @property
+    def deterministic(self) -> bool:
+        """Whether the sampler adds no noise between steps, so that there is a path."""
+        return True
+
+    @property
+    def guidance_interval(self) -> float:
+        """Time before which guidance does not act."""
+        return 0.0
+
+    @property
+    def start_time(self) -> float:
         """Where the method's time begins; noise is taken for a sample of that time."""
         return 0.0
 
-    def learns_steps(self) -> bool:
+    @property
+    def conditions_on_step(self) -> bool:
         """Whether the network is told the step size; else it knows only velocities."""
         return True
 
-    def uses_target(self) -> bool:
+    @property
+    def uses_target_ema(self) -> bool:
         """Whether `target_params` make targets; else the network teaches itself."""
         return False
 
+    @property
     def batch_multiple(self) -> int:
         """Batch sizes must be a multiple of this."""
         return 1
 
+    @property
     def min_batch(self) -> int:
         """The smallest batch that serves all parts of the method."""
         return 1
 
+    @property
     def guidance_range(self) -> tuple[float, float]:
         """Lowest and highest guidance strength w that can be asked of the sampler.
 
@@ -112,11 +128,13 @@ class BaseObjective:
         """
         return 0.0, 0.0
 
+    @property
     def model_options(self) -> dict[str, object]:
         """Fields of `config.model` that the method needs otherwise than by default."""
         return {}
 
-    def finest_steps(self) -> int:
+    @property
+    def base_steps(self) -> int:
         """1 / the finest step size: how many sampling steps make sense at most."""
         return 128
 

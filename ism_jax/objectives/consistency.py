@@ -135,11 +135,17 @@ class Objective(BaseObjective):
             return (interpolant.interpolate(fresh, data, t + d), key), None
 
         # x_t at the first time, of whose data nothing is known.
-        first = (1 - self.first_time()) * noise
+        first = (1 - self.start_time) * noise
         return jax.lax.scan(body, (first, key), (times, steps))[0][0]
 
-    def first_time(self) -> float:
+    @property
+    def start_time(self) -> float:
         return 1 / (1 + self.sigma_max)
 
-    def learns_steps(self) -> bool:
+    @property
+    def conditions_on_step(self) -> bool:
+        return False
+
+    @property
+    def deterministic(self) -> bool:
         return False

@@ -59,8 +59,10 @@ class Objective(BaseObjective):
             lambda: apply(params, x, t, zeros, zeros, label),
         )
 
+    @property
     def guidance_range(self) -> tuple[float, float]:
         return 0.0, math.inf if self.label_dropout else 0.0
 
-    def learns_steps(self) -> bool:
+    @property
+    def conditions_on_step(self) -> bool:
         return False

@@ -185,14 +185,22 @@ class Objective(BaseObjective):
 
         return jax.lax.scan(body, (noise, key), (times, steps))[0][0]
 
-    def first_time(self) -> float:
+    @property
+    def start_time(self) -> float:
         return 1 - NOISIEST
 
+    @property
     def batch_multiple(self) -> int:
         return self.group_size
 
+    @property
     def guidance_range(self) -> tuple[float, float]:
         return 0.0, math.inf if self.label_dropout else 0.0
 
+    @property
     def model_options(self) -> dict:
         return {'step_embedding': 'size'}
+
+    @property
+    def deterministic(self) -> bool:
+        return self.sampler == 'pushforward'

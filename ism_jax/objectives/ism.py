@@ -97,7 +97,7 @@ class Objective(BaseObjective):
         del progress  # No curriculum.
         key_v, key_g, key_c = jax.random.split(key, 3)
         batch_v, batch_g, batch_c = training_batch.split(batch, self._shares())
-        patterns = batch.label.shape[0] // self.batch_multiple()
+        patterns = batch.label.shape[0] // self.batch_multiple
 
         # The finest steps are `d = 0` calls: one teacher batch holds all that start
         # at x_t, whatever their step size and guidance.
@@ -204,19 +204,20 @@ class Objective(BaseObjective):
             metrics[f'consistency_samples/step_1_over_{2**level}'] = count
         return metrics
 
+    @property
     def guidance_range(self) -> tuple[float, float]:
         return 0.0, self.guidance_max if self.intrinsic_guidance else 0.0
 
-    def finest_steps(self) -> int:
-        return self.base_steps
-
-    def uses_target(self) -> bool:
+    @property
+    def uses_target_ema(self) -> bool:
         return True
 
+    @property
     def batch_multiple(self) -> int:
         """Batch sizes must be a multiple of this, so that the split is exact."""
         return sum(self.batch_split)
 
+    @property
     def min_batch(self) -> int:
         """Smallest batch in which self-consistency sees every step size.
 
@@ -225,9 +226,9 @@ class Objective(BaseObjective):
         """
         consistency = self._shares()[2]
         if not consistency:
-            return self.batch_multiple()
+            return self.batch_multiple
         patterns = math.ceil(time_grid.num_levels(self.base_steps) / consistency)
-        return patterns * self.batch_multiple()
+        return patterns * self.batch_multiple
 
 
 def _check_triple(name: str, values) -> None:

@@ -87,7 +87,7 @@ class Objective(BaseObjective):
             key_label, batch.label, self.label_dropout, self.num_classes
         )
         batches = training_batch.split(batch._replace(label=label), self.batch_split)
-        patterns = batch.label.shape[0] // self.batch_multiple()
+        patterns = batch.label.shape[0] // self.batch_multiple
         (t_still, _), (t_moving, d) = (
             self.sample_steps(k, part.label.shape[0])
             for k, part in zip((key_still, key_moving), batches)
@@ -188,12 +188,15 @@ class Objective(BaseObjective):
     def velocity(self, apply, params, x, t, d, w, label):
         return apply(params, x, t, d, jnp.zeros_like(w), label)
 
+    @property
     def batch_multiple(self) -> int:
         return sum(self.batch_split)
 
+    @property
     def guidance_range(self) -> tuple[float, float]:
         return self.guidance, self.guidance
 
+    @property
     def model_options(self) -> dict:
         # With times of 0 to 1000 the sinusoids' derivatives drown all others.
         return {'step_embedding': 'size', 'time_scale': 1.0}

@@ -172,18 +172,19 @@ class Objective(BaseObjective):
             lambda: plain(apply, params, x, t, d, jnp.zeros_like(w), label),
         )
 
+    @property
     def batch_multiple(self) -> int:
         return self.bootstrap_every
 
+    @property
     def min_batch(self) -> int:
         """So that every step size is trained in every batch."""
         return time_grid.num_levels(self.base_steps) * self.bootstrap_every
 
+    @property
     def guidance_range(self) -> tuple[float, float]:
         return self.guidance, self.guidance
 
-    def finest_steps(self) -> int:
-        return self.base_steps
-
-    def uses_target(self) -> bool:
+    @property
+    def uses_target_ema(self) -> bool:
         return True

@@ -50,7 +50,7 @@ class Sampler:
     ):
         self.image_shape = image_shape
         self.batch_size = batch_size
-        self.base_steps = objective.finest_steps()
+        self.base_steps = objective.base_steps
 
         def run(params, key, numbers, label, w, times, steps):
             noise = interpolant.sample_noise(key, numbers, image_shape)
@@ -65,8 +65,7 @@ class Sampler:
         self._run = jax.jit(run)
         self._run_from = jax.jit(run_from)
         self._decode = decode
-        # Whether one step may be taken after the other, from any noise.
-        self.is_deterministic = type(objective).sample is BaseObjective.sample
+        self.deterministic = objective.deterministic
 
     def shown_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images that are yielded."""
@@ -107,7 +106,7 @@ class Sampler:
 
     def _walk(self, params, noise, labels, guidance, schedule):
         """`states`, as the network sees them."""
-        if not self.is_deterministic:
+        if not self.deterministic:
             raise ValueError(
                 'this method adds noise between steps: there is no path to follow'
             )

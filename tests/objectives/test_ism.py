@@ -175,7 +175,7 @@ def test_without_guidance_nothing_is_guided():
     assert all((call[4] == 0).all() for call in record.calls)
     assert 'guidance/loss' not in record.metrics
     assert [len(e) for e in record.errors] == [48, 16]  # Its share goes to velocity.
-    assert _objective(intrinsic_guidance=False).guidance_range() == (0, 0)
+    assert _objective(intrinsic_guidance=False).guidance_range == (0, 0)
 
 
 def test_without_interval_guidance_acts_everywhere():
@@ -315,8 +315,8 @@ def test_the_smallest_batch_sees_every_step_size():
         if not sum(split):
             continue
         objective = _objective(batch_split=split)
-        size = objective.min_batch()
-        assert size % objective.batch_multiple() == 0
+        size = objective.min_batch
+        assert size % objective.batch_multiple == 0
         if split[2]:
             record = Recorder(objective, _batch(size))
             assert len(set(np.asarray(record.calls[-1][3]).tolist()) - {0.0}) == 7

@@ -527,7 +527,7 @@ def _sample(objective, network, steps, w=0.0, size=512):
     noise = jax.random.normal(keys[0], (size, *SHAPE))
     label = jax.random.randint(keys[1], (size,), 0, NULL)
     guidance = jnp.full((size,), w)
-    finest = objective.finest_steps()
+    finest = objective.base_steps
     times = time_grid.times_and_sizes(time_grid.dyadic_schedule(steps, finest), finest)
     sample = jax.jit(
         lambda scale: objective.sample(
@@ -535,9 +535,9 @@ def _sample(objective, network, steps, w=0.0, size=512):
             scale, noise, label, guidance, *times, keys[2],
         )
     )  # fmt: skip
-    begin, start, end = jnp.full((size,), objective.first_time()), noise, 1.0
+    begin, start, end = jnp.full((size,), objective.start_time), noise, 1.0
     if isinstance(objective, consistency.Objective):
-        start = (1 - objective.first_time()) * noise
+        start = (1 - objective.start_time) * noise
         end = 1 / (1 + objective.sigma_min)
     exact = FLOW.flow_map(start, begin, end - begin, guidance, label)
     return sample(1.0), sample(1.05), exact, label
@@ -556,7 +556,7 @@ DETERMINISTIC = {
 @pytest.mark.parametrize('steps', [1, 2, 4])
 def test_samplers_follow_the_exact_map(name, steps):
     objective, network, w = DETERMINISTIC[name]
-    low, high = objective.guidance_range()
+    low, high = objective.guidance_range
     assert low <= w <= high
     sample, wrong, exact, _ = _sample(objective, network, steps, w)
     np.testing.assert_allclose(sample, exact, atol=5e-5)
@@ -702,7 +702,7 @@ def _map_error(objective, params, steps, w):
     noise = jax.random.normal(keys[0], (size, *SHAPE))
     label = jax.random.randint(keys[1], (size,), 0, NULL)
     guidance, zero = jnp.full((size,), w), jnp.zeros((size,))
-    finest = objective.finest_steps()
+    finest = objective.base_steps
     times = time_grid.times_and_sizes(time_grid.dyadic_schedule(steps, finest), finest)
     sample = objective.sample(
         _small_network, params, noise, label, guidance, *times, keys[2]
