@@ -1,17 +1,18 @@
-"""The paper's ablation ladder and the systems beside it, on Fashion-MNIST at 16x16.
+"""The paper's ablation ladder and other methods, on Fashion-MNIST at 16x16.
 
     python -m ism_jax.ablation --config configs/ablation.py --out results/ladder.json
     python -m ism_jax.train --config configs/ablation.py:+sot
 
-The first trains every recipe with three seeds and makes the table of the README; the
-second trains one recipe. Same network, budget, data and evaluation for all of them;
-small enough for two CPU cores.
+The first command trains every recipe with three seeds and writes the table of
+`docs/results.md`, in about 50 minutes on two CPU cores; the second trains one recipe.
+All recipes have the same network, budget, data and evaluation. Measured: `ism` has a
+Frechet distance of 20.6 in 1 step and 9.64 in 4 steps (`results/ladder.md` has all).
 """
 
 from ism_jax import config as config_lib
 
-# The other systems, with the options that are not their defaults: the same guidance as
-# SM where it is part of the training, and the deviation of these images.
+# Other methods, with the options that differ from their defaults: SM's guidance scale
+# where guidance is part of training, and the standard deviation of these images.
 SYSTEMS = {
     'flow_matching': {},
     'consistency': {},
@@ -39,7 +40,7 @@ def get_config(arg: str = ''):
         guidance=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
         batch_size=250,
     )
-    c.scores.update(enabled=False, samples=1000)  # ism_jax.ablation scores.
+    c.scores.update(enabled=False, samples=1000)  # ism_jax.ablation scores the runs.
     recipe, _, rest = arg.partition(',')
     if recipe == 'runlocal':
         recipe, rest = '', recipe
@@ -54,7 +55,7 @@ def _use_recipe(c, recipe: str) -> None:
     if recipe in SYSTEMS:
         config_lib.use_objective(c, recipe, **SYSTEMS[recipe])
         if recipe == 'imm':
-            # Not the source's 1000: FD 7.3 in one step in place of 152 (one seed).
+            # The source has 1000. FD in one step: 7.3 with 1, 152 with 1000 (one seed).
             c.model.time_scale = 1.0
         return
     config_lib.use_rung(c, recipe)

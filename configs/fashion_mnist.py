@@ -3,17 +3,17 @@
     apt-get install dataset-fashion-mnist
     python -m ism_jax.train --config configs/fashion_mnist.py
 
-For one GPU; with internet and without Debian's package, add
-`--config.data.source=tfds:fashion_mnist`. No paper reports this row and we have not
-measured it: no number is claimed. `configs/fashion_mnist.py:runlocal` shrinks it to
-a minute on a CPU.
+For one GPU. Without Debian's package, add `--config.data.source=tfds:fashion_mnist`,
+which downloads the data. No paper reports this experiment and we have not measured it,
+so no result is claimed. `configs/fashion_mnist.py:runlocal` shrinks it to one minute on
+a CPU.
 
-Another method trains with the same network and budget, by its name:
+Other methods train with the same network and budget:
 
     python -m ism_jax.train --config configs/fashion_mnist.py:shortcut
 
-and so do flow_matching, consistency, imm, meanflow, alpha_flow and any file that is
-added to `ism_jax/objectives/`; `configs/fashion_mnist.py:shortcut,runlocal` is small.
+So do flow_matching, consistency, imm, meanflow, alpha_flow and any file that you add to
+`ism_jax/objectives/`. `configs/fashion_mnist.py:shortcut,runlocal` combines both.
 """
 
 from ism_jax import config as config_lib

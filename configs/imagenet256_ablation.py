@@ -1,10 +1,10 @@
-"""The paper's ablation on ImageNet 256x256: SiT-XL/2, 250K iterations for each rung.
+r"""The paper's ablation on ImageNet 256x256: SiT-XL/2, 250K iterations per rung.
 
-    python -m ism_jax.train --config configs/imagenet256_ablation.py:+sot \\
+    python -m ism_jax.train --config configs/imagenet256_ablation.py:+sot \
         --config.data.source=latents:/data/imagenet256
 
-Latents as in `configs/imagenet256_ism_xl2.py`. The rungs, and the paper's FID-50K
-(arXiv 2510.21250) at 1 and 4 steps:
+The latents are those of `configs/imagenet256_ism_xl2.py`. The rungs, with the paper's
+FID-50K (arXiv 2510.21250) in 1 and 4 steps:
 
     sm                    21.38  13.46
     +intrinsic_guidance    9.62   3.17
@@ -13,9 +13,10 @@ Latents as in `configs/imagenet256_ism_xl2.py`. The rungs, and the paper's FID-5
     +sot                   7.97   2.23
     ism                    6.56   2.16
 
-`ism-intrinsic_guidance` and so on are iSM without one part, which the paper does not
-have. We have run none of them here; `configs/ablation.py` is the same ladder for two
-CPU cores. `:+sot,B/2` is smaller, `:+sot,runlocal` takes a minute on a CPU.
+`ism-intrinsic_guidance` and the like are iSM without one part; the paper does not
+report them. We have not run any of these; `configs/ablation.py` is the same ladder for
+two CPU cores. `:+sot,B/2` is a smaller network, `:+sot,runlocal` takes one minute on a
+CPU.
 """
 
 from ism_jax import config as config_lib

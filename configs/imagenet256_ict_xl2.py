@@ -1,13 +1,13 @@
-"""iCT on ImageNet 256x256 latents, the row beside iSM's: SiT-XL/2.
+r"""iCT on latents of ImageNet 256x256, a baseline of iSM: SiT-XL/2.
 
-    python -m ism_jax.train --config configs/imagenet256_ict_xl2.py \\
+    python -m ism_jax.train --config configs/imagenet256_ict_xl2.py \
         --config.data.source=latents:/data/imagenet256
 
-Latents as in `configs/imagenet256_ism_xl2.py`. iSM's table has FID-50K 34.24 / 20.3
-at 1 / 2 steps for improved consistency training (arXiv 2310.14189) of this network;
-its settings are not published, ours are those of iCT on the flow path
-(`ism_jax/objectives/consistency.py`). We have not run it. `:B/2` is smaller,
-`:runlocal` shrinks it to a minute on a CPU.
+The latents are those of `configs/imagenet256_ism_xl2.py`. iSM's table reports FID-50K
+34.24 / 20.3 in 1 / 2 steps for improved consistency training (arXiv 2310.14189) of this
+network. Its settings are not published; ours are those of iCT, on the flow path
+(`ism_jax/objectives/consistency.py`). We have not run it. `:B/2` is a smaller network,
+`:runlocal` shrinks it to one minute on a CPU.
 """
 
 from ism_jax import config as config_lib

@@ -1,13 +1,13 @@
-"""IMM on ImageNet 256x256, the row beside iSM's: SiT-XL/2.
+r"""IMM on ImageNet 256x256, a baseline of iSM: SiT-XL/2.
 
-    python -m ism_jax.train --config configs/imagenet256_imm_xl2.py \\
+    python -m ism_jax.train --config configs/imagenet256_imm_xl2.py \
         --config.data.source=latents:/data/imagenet256
 
-Latents as in `configs/imagenet256_ism_xl2.py`, but of stabilityai/sd-vae-ft-ema, which
-the authors took, and normalised per channel with their numbers. The paper (arXiv
-2503.07565) reports FID-50K 7.77 / 3.99 / 2.51 / 1.99 at 1 / 2 / 4 / 8 steps with
-batches of 4096 and 1.2M iterations. We have not run it. `:B/2` is smaller, `:runlocal`
-shrinks it to a minute on a CPU.
+Prepare the latents as in `configs/imagenet256_ism_xl2.py`, but with the authors'
+autoencoder, stabilityai/sd-vae-ft-ema; they are normalised per channel with the
+authors' numbers. The paper (arXiv 2503.07565) reports FID-50K 7.77 / 3.99 / 2.51 / 1.99
+in 1 / 2 / 4 / 8 steps with batches of 4096 and 1.2M iterations. We have not run it.
+`:B/2` is a smaller network, `:runlocal` shrinks it to one minute on a CPU.
 """
 
 from ism_jax import config as config_lib
@@ -15,7 +15,7 @@ from ism_jax import config as config_lib
 
 def get_config(arg: str = ''):
     c = config_lib.default()
-    # As the authors', who bring both noise and each channel to 0.5: here both have 1.
+    # The authors scale noise and channels to a standard deviation of 0.5; here it is 1.
     config_lib.use_objective(c, 'imm', data_std=1.0)
     config_lib.use_imagenet_latents(c, 256)
     c.data.autoencoder = 'stabilityai/sd-vae-ft-ema'

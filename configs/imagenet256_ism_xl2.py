@@ -1,14 +1,14 @@
-"""iSM on ImageNet 256x256, the paper's main row: SiT-XL/2, 675M parameters.
+r"""iSM on ImageNet 256x256, the paper's main row: SiT-XL/2, 675M parameters.
 
-    python -m ism_jax.prepare_data --source tfds:imagenet2012 --image_size 256 \\
+    python -m ism_jax.prepare_data --source tfds:imagenet2012 --image_size 256 \
         --autoencoder stabilityai/sd-vae-ft-mse --out /data/imagenet256
-    python -m ism_jax.train --config configs/imagenet256_ism_xl2.py \\
+    python -m ism_jax.train --config configs/imagenet256_ism_xl2.py \
         --config.data.source=latents:/data/imagenet256
 
 The paper (arXiv 2510.21250) trains 800K iterations and reports FID-50K 5.27 / 2.44 /
-2.05 / 1.93 / 1.88 at 1 / 2 / 4 / 8 / 128 steps. We have not run it. A TPU pod or
-several nodes of GPUs. `configs/imagenet256_ism_xl2.py:B/2` is a network of 131M
-parameters for one node; `:runlocal` shrinks it to a minute on a CPU.
+2.05 / 1.93 / 1.88 in 1 / 2 / 4 / 8 / 128 steps. We have not run it. It is for a TPU pod
+or several GPU nodes. `configs/imagenet256_ism_xl2.py:B/2` is a network of 131M
+parameters for one node; `:runlocal` shrinks it to one minute on a CPU.
 """
 
 from ism_jax import config as config_lib

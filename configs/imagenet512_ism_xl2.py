@@ -1,13 +1,13 @@
-"""iSM on ImageNet 512x512: SiT-XL/2 on latents of 64x64.
+r"""iSM on ImageNet 512x512: SiT-XL/2 on latents of 64x64.
 
-    python -m ism_jax.prepare_data --source tfds:imagenet2012 --image_size 512 \\
+    python -m ism_jax.prepare_data --source tfds:imagenet2012 --image_size 512 \
         --autoencoder stabilityai/sd-vae-ft-mse --out /data/imagenet512
-    python -m ism_jax.train --config configs/imagenet512_ism_xl2.py \\
+    python -m ism_jax.train --config configs/imagenet512_ism_xl2.py \
         --config.data.source=latents:/data/imagenet512
 
-The paper (arXiv 2510.21250) trains 300K iterations and reports FID 37.05 and 9.94,
-recall 0.55 and 0.62, at 1 and 4 steps. We have not run it. `:B/2` is smaller,
-`:runlocal` shrinks it to a minute on a CPU.
+The paper (arXiv 2510.21250) trains 300K iterations and reports FID 37.05 and 9.94, and
+recall 0.55 and 0.62, in 1 and 4 steps. We have not run it. `:B/2` is a smaller network,
+`:runlocal` shrinks it to one minute on a CPU.
 """
 
 from ism_jax import config as config_lib
@@ -16,6 +16,6 @@ from ism_jax import config as config_lib
 def get_config(arg: str = ''):
     c = config_lib.default()
     config_lib.use_imagenet_latents(c, 512)
-    c.wavelet.levels = 6  # As many as the side allows, like 5 of 32.
+    c.wavelet.levels = 6  # As many as a side of 64 allows, as 5 for a side of 32.
     c.train.steps = 300_000
     return config_lib.with_argument(c, arg)

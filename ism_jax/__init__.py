@@ -1,10 +1,10 @@
-"""Improved shortcut models in JAX; `ism_jax.load` gives a trained network to call."""
+"""Improved shortcut models in JAX; `ism_jax.load` loads a trained network."""
 
 __all__ = ['load']
 
 
 def __getattr__(name):
-    # The commands import this package and not what it takes to sample.
+    # Imported on first use: the commands import this package, and few of them sample.
     if name == 'load':
         from ism_jax.generator import load
 

@@ -1,4 +1,4 @@
-"""What a training will need, told without devices and without training.
+"""What a training costs, without devices and without training.
 
     python -m ism_jax.train --config configs/imagenet256_ism_xl2.py --plan
 
@@ -8,22 +8,21 @@ what differentiation keeps, operations from the traced step.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import math
+import os
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from ism_jax import config as config_lib
-from ism_jax import experiment
+from ism_jax.experiment import Experiment
 from ism_jax.method import loss_distance
 from ism_jax.method.training_batch import Batch
 from ism_jax.models import sit
 from ism_jax.runtime import sharding
 
-# Teraflop/s that a device is taken to sustain: 40 % of an H100's peak in bfloat16.
+# TFLOP/s that a device is assumed to sustain: 40 % of an H100's peak in bfloat16.
 DEFAULT_TFLOPS = 400.0
 
 
@@ -32,10 +31,10 @@ class Plan:
     """What one config needs on one mesh.
 
     Attributes:
-      devices: how many.
+      devices: their number.
       parameters: of the network.
-      bytes_per_device: by name: of the state's trees, of the gradient, of what is kept
-        for the backward pass, and of a pool. What XLA needs besides is not known.
+      bytes_per_device: of the state's trees, of the gradient, of what is kept for the
+        backward pass, and of a pool, by name. XLA's workspace is not known.
       flops_per_step: of all devices, without what rematerialisation repeats.
       steps: of the whole training.
     """
@@ -47,20 +46,15 @@ class Plan:
     steps: int
 
     def hours(self, tflops: float) -> float:
-        """Of training, at so many 10^12 operations per second and device."""
+        """Hours of training at a number of 10^12 operations per second and device."""
         return self.steps * self.flops_per_step / (self.devices * tflops * 3.6e15)
 
 
 def make_plan(config, devices: int, num_classes: int) -> Plan:
-    """The plan of a config.
-
-    Args:
-      config: of the run; its mesh is filled with these devices.
-      devices: how many there will be.
-      num_classes: of the data.
+    """The plan of a config whose mesh is filled with `devices` devices.
 
     Raises:
-      ValueError: the mesh or the batch does not divide.
+      ValueError: the mesh does not divide the devices.
     """
     fsdp = config.mesh.fsdp
     data = devices // fsdp if config.mesh.data == -1 else config.mesh.data
@@ -72,62 +66,57 @@ def make_plan(config, devices: int, num_classes: int) -> Plan:
     mesh = jax.sharding.AbstractMesh(
         (data, fsdp), ('data', 'fsdp'), (AxisType.Auto, AxisType.Auto)
     )
-    shape = _image_shape(config)
-    trees = _trees(config, num_classes)
-    params = trees['parameters']
+    side = config.data.image_size
+    shape = (side, side, config.data.channels)
+    experiment = Experiment(
+        config, mesh=mesh, num_classes=num_classes, image_shape=shape
+    )
+    trees = _trees(experiment)
     sizes = {name: tree_bytes(tree, mesh) for name, tree in trees.items()}
     batch = config.train.batch_size // config.train.accumulate
-    kept = activation_bytes(config, num_classes, shape, params)
+    kept = activation_bytes(experiment)
     sizes['kept for the backward pass'] = math.ceil(kept * batch / devices)
-    pool = experiment.pool_batches(config) * config.train.batch_size
+    pool = experiment.pool_batches * config.train.batch_size
     sizes['pool'] = math.ceil(pool * (math.prod(shape) + 2) * 4 / devices)
     return Plan(
         devices=devices,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(trees['parameters'])),
         bytes_per_device=sizes,
-        flops_per_step=step_flops(config, num_classes, shape, params),
+        flops_per_step=step_flops(experiment),
         steps=config.train.steps,
     )
 
 
-def state_bytes(config, mesh, num_classes: int) -> int:
-    """Bytes of the trees that training keeps, and of a gradient, on each device."""
-    trees = _trees(config, num_classes)
-    return sum(tree_bytes(tree, mesh) for tree in trees.values())
-
-
-def _trees(config, num_classes: int) -> dict:
-    model = experiment.make_model(config, num_classes)
-    params = sit.abstract_params(model, _image_shape(config))
+def _trees(experiment: Experiment) -> dict:
+    """Shapes of the trees that training keeps, and of a gradient."""
+    params = sit.abstract_params(experiment.model, experiment.image_shape)
     return {
         'parameters': params,
-        'optimizer': jax.eval_shape(experiment.make_optimizer(config).init, params),
-        'target average': params if config.ema.twin else {},
-        'slow average': params,
+        'optimizer': jax.eval_shape(experiment.optimizer.init, params),
+        'target EMA': params if experiment.config.ema.twin else {},
+        'inference EMA': params,
         'gradient': params,
     }
-
-
-def _image_shape(config) -> tuple[int, int, int]:
-    return (config.data.image_size, config.data.image_size, config.data.channels)
 
 
 def tree_bytes(tree, mesh) -> int:
     """Bytes of a tree on each device of a mesh."""
     shardings = sharding.tree_shardings(tree, mesh)
     total = 0
-    for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings)):
-        shape = place.shard_shape(leaf.shape)
-        total += math.prod(shape) * leaf.dtype.itemsize
+    for leaf, split in zip(
+        jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True
+    ):
+        total += math.prod(split.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
 
 
-def activation_bytes(config, num_classes: int, shape, params) -> float:
-    """Bytes of a sample that differentiation keeps, with the config's remat policy."""
-    batch = _smallest_batch(config)
+def activation_bytes(experiment: Experiment) -> float:
+    """Bytes per sample that differentiation keeps, with the config's remat policy."""
+    batch = _smallest_batch(experiment)
+    params = sit.abstract_params(experiment.model, experiment.image_shape)
 
     def kept(size):
-        loss, args = _loss(config, num_classes, shape, size)
+        loss, args = _loss(experiment, size)
         pullback = jax.eval_shape(
             lambda p, *rest: jax.vjp(lambda q: loss(q, *rest), p)[1], params, *args
         )
@@ -137,63 +126,115 @@ def activation_bytes(config, num_classes: int, shape, params) -> float:
     return (kept(2 * batch) - kept(batch)) / batch
 
 
-def step_flops(config, num_classes: int, shape, params) -> int:
+def step_flops(experiment: Experiment) -> int:
     """Operations of a step: those of the loss and its gradient."""
-    counted = config.copy_and_resolve_references()
-    with counted.unlocked():
-        counted.model.update(remat='none', attention='xla')
-    batch = _smallest_batch(config)
-    loss, args = _loss(counted, num_classes, shape, batch)
-    return count_flops(jax.grad(loss), params, *args) * config.train.batch_size // batch
+    config = experiment.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.update(remat='none', attention='xla')
+    counted = Experiment(
+        config,
+        mesh=experiment.mesh,
+        num_classes=experiment.num_classes,
+        image_shape=experiment.image_shape,
+    )
+    batch = _smallest_batch(experiment)
+    loss, args = _loss(counted, batch)
+    operations = count_flops(jax.grad(loss), args[0], *args)
+    return operations * config.train.batch_size // batch
 
 
-def _smallest_batch(config) -> int:
-    """The least batch that splits as the whole one does."""
-    objective = config_lib.make_objective(config, 1)
-    size, multiple = config.train.batch_size, objective.batch_multiple
+def _smallest_batch(experiment: Experiment) -> int:
+    """The smallest batch that splits as the whole one does."""
+    objective, size = experiment.objective, experiment.config.train.batch_size
+    multiple = objective.batch_multiple
     options = range(multiple, size + 1, multiple)
     return next(n for n in options if n >= objective.min_batch and size % n == 0)
 
 
-def _loss(config, num_classes: int, shape, size: int):
-    """The loss as a function of (params, target parameters, batch, key), and shapes."""
-    model = experiment.make_model(config, num_classes)
-    objective = config_lib.make_objective(config, num_classes)
+def _loss(experiment: Experiment, size: int):
+    """The loss as a function of (params, target params, batch, key), and shapes."""
+    shape = experiment.image_shape
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     label = jax.ShapeDtypeStruct((size,), jnp.int32)
-    target = sit.abstract_params(model, shape)
+    target = sit.abstract_params(experiment.model, shape)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def loss(params, target, batch, key):
-        return objective(
-            functools.partial(experiment.apply_model, model), params, target, batch, key,
-            distance=loss_distance.squared_error, progress=0.5,
-        )[0]  # fmt: skip
+        return experiment.objective(
+            experiment.apply,
+            params,
+            target,
+            batch,
+            key,
+            distance=loss_distance.squared_error,
+            progress=0.5,
+        )[0]
 
     return loss, (target, Batch(images, images, label), key)
 
 
+def check_memory(experiment: Experiment) -> None:
+    """Refuses what cannot fit, whatever XLA does: the state alone is too large.
+
+    Raises:
+      ValueError: a device, or on CPU the machine, has less memory.
+    """
+    mesh = experiment.mesh
+    device = mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get('bytes_limit')
+    owner, devices = 'each device has', 1
+    if limit is None and device.platform == 'cpu':
+        limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        owner, devices = 'the machine has', len(mesh.local_devices)
+    trees = _trees(experiment).values()
+    needed = devices * sum(tree_bytes(tree, mesh) for tree in trees)
+    if limit and needed > limit:
+        raise ValueError(
+            f'parameters, optimizer and EMAs need {needed / 2**30:.1f} GiB, but '
+            f'{owner} {limit / 2**30:.1f}: make model.hidden_size, model.depth or '
+            'model.mlp_ratio smaller, or divide them over more devices with mesh.fsdp'
+        )
+
+
 def format_plan(plan: Plan, tflops: float) -> str:
-    """The plan in words."""
+    """The plan as text."""
     sizes = plan.bytes_per_device
     width = max(map(len, sizes)) + 2
     lines = [
-        f'{plan.parameters:,} parameters, {plan.devices} devices; of each device, GiB:',
+        f'{plan.parameters:,} parameters, {plan.devices} devices; GiB per device:',
         *(f'  {name:{width}}{size / 2**30:8.2f}' for name, size in sizes.items()),
-        f'  {"in all":{width}}{sum(sizes.values()) / 2**30:8.2f}',
-        f'{plan.flops_per_step / 1e12:.1f} TFLOP in a step, '
+        f'  {"total":{width}}{sum(sizes.values()) / 2**30:8.2f}',
+        f'{plan.flops_per_step / 1e12:.1f} TFLOP per step, '
         f'{plan.flops_per_step * plan.steps / 1e18:.1f} EFLOP in {plan.steps:,} steps: '
         f'{plan.hours(tflops):.1f} hours if a device sustains {tflops:g} TFLOP/s',
     ]
     return '\n'.join(lines)
 
 
-def count_flops(function: Callable, *args) -> int:
-    """Operations of one call.
+def summary(experiment: Experiment, workdir) -> list[str]:
+    """Lines that say what is about to be trained, for the start of a run."""
+    config, model, mesh = experiment.config, experiment.model, experiment.mesh
+    count = sit.num_parameters(model, experiment.image_shape)
+    plan = make_plan(config, mesh.size, experiment.num_classes)
+    memory = sum(plan.bytes_per_device.values())
+    return [
+        f'network:   SiT, {count:,} parameters, width {model.hidden_size}, '
+        f'{model.depth} layers, {model.num_heads} heads, patch {model.patch_size}, '
+        f'{model.dtype}',
+        f'devices:   {mesh.size} x {mesh.devices.flat[0].device_kind}, '
+        f'mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}',
+        f'data:      {experiment.source!r}',
+        f'           {experiment.num_classes} classes, images {experiment.image_shape}',
+        f'memory:    {memory / 2**30:.2f} GiB per device, without what XLA needs '
+        '(--plan lists it)',
+        f'objective: {config.objective.name}, {config.train.steps} steps of '
+        f'{config.train.batch_size}',
+        f'workdir:   {workdir}',
+    ]
 
-    Args:
-      function: of arrays.
-      *args: arrays, or their shapes (`jax.ShapeDtypeStruct`).
+
+def count_flops(function: Callable, *args) -> int:
+    """Operations of one call; `args` are arrays or their `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: products in a loop whose length is not known.
@@ -221,8 +262,8 @@ def _count(jaxpr) -> int:
             total += max(inner)
         elif name == 'while' and sum(inner):
             raise ValueError(
-                'there are products in a while loop, which runs nobody knows how '
-                'often; count a function without it'
+                'there are products in a while loop of unknown length; count a '
+                'function without it'
             )
         else:
             total += sum(inner)
@@ -230,7 +271,7 @@ def _count(jaxpr) -> int:
 
 
 def _jaxprs(params):
-    """All that a primitive calls."""
+    """The jaxprs that a primitive calls."""
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(part, core.ClosedJaxpr):

@@ -1,14 +1,14 @@
-"""A web page to play with a trained network.
+"""Serves a web page to explore a trained network.
 
     pip install gradio
     python -m ism_jax.demo --workdir runs/quickstart
 
-`--workdir` takes what `ism_jax.load` takes: a run, an exported network, a hub id. The
-page is at http://127.0.0.1:7860, for this machine alone; `--host` elsewhere needs
-`--share-host`, as everyone who reaches it may then use this machine's time.
+`--workdir` takes what `ism_jax.load` takes: a run, an exported network or a hub id. The
+page is at http://127.0.0.1:7860, for this machine alone. Any other `--host` needs
+`--share-host`, because everyone who reaches the page can use this machine's time.
 
-One visitor cannot exhaust the machine: requests are served one after the other, so many
-wait at most, and each is bounded in images and steps.
+No visitor can exhaust the machine: requests run one after the other, the queue is
+bounded, and so are the images and steps of a request.
 """
 
 from collections.abc import Callable
@@ -21,31 +21,32 @@ import tempfile
 import threading
 import time
 
-from absl import app, flags
+from absl import flags
 import numpy as np
 
-from ism_jax import generator
-from ism_jax.method import time_grid
+from ism_jax import config_check, generator
 from ism_jax.runtime import command_line
 from ism_jax.sampling import image_grid
 
 MAX_IMAGES = 16
-SHOWN_SIDE = 128  # Pixels; smaller images are shown larger.
 MAX_PATH_STEPS = 16
-MAX_WAITING = 16
-MAX_TEXT, MAX_MESSAGE = 2000, 300  # Letters.
+MAX_GUIDANCE = 10.0  # Of methods that set no limit.
 MAX_SEED = 2**31 - 1
-SIDE_BY_SIDE = (1, 2, 4, 8, 128)
+MAX_QUEUE = 16
+MAX_TEXT, MAX_MESSAGE = 2000, 300  # Characters.
+MAX_PICTURES = 256
+DISPLAY_SIDE = 128  # Pixels; smaller images are enlarged.
+COMPARED_STEPS = (1, 2, 4, 8, 128)
 ANY_CLASS = 'any'
-# What stands beside a field takes no room while there is nothing to say.
-QUIET = '[class*="beside-"]:not(:has([role="alert"])) { display: none }'
+# The error beside a field takes no space while there is none.
+CSS = '[class*="beside-"]:not(:has([role="alert"])) { display: none }'
 
 
 class FieldError(ValueError):
     """A bad value in a field of the page.
 
     Attributes:
-      field: its name.
+      field: name of the field.
     """
 
     def __init__(self, field: str, message: str):
@@ -54,14 +55,14 @@ class FieldError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """A picture, what made it, and how long that took.
+class Picture:
+    """A grid of images and how it was made.
 
     Attributes:
-      image: uint8 [H, W, C], a grid.
-      settings: by name.
-      seconds: for all of it.
-      count: images in it.
+      image: uint8 [H, W, C].
+      settings: values by name.
+      seconds: time to make all images.
+      count: number of images.
     """
 
     image: np.ndarray
@@ -69,264 +70,318 @@ class Made:
     seconds: float
     count: int
 
-    def told(self) -> str:
+    def timing(self) -> str:
+        """Seconds in all and milliseconds per image."""
         each = self.seconds / self.count * 1000
         return f'{self.count} images in {self.seconds:.2f} s, {each:.0f} ms each'
 
 
 class Studio:
-    """What the page does, without the page: settings in, pictures out.
+    """The page without its user interface: settings in, pictures out.
+
+    Every method raises `FieldError` for a value that the network was not trained for.
 
     Args:
-      model: of `ism_jax.load`.
-      folder: for the pictures; a temporary one by default.
+      model: from `ism_jax.load`.
+
+    Attributes:
+      folder: temporary, for the files of pictures.
     """
 
-    def __init__(self, model: generator.Generator, folder=None):
+    def __init__(self, model: generator.Generator):
         if model.image_shape[2] not in (1, 3):
             raise ValueError(
-                f'{model} makes {model.image_shape[2]} channels, no images; set '
-                'data.autoencoder where it was trained on latents'
+                f'{model} generates {model.image_shape[2]} channels, not images; set '
+                'data.autoencoder in the config of a training on latents'
             )
         self.model = model
-        self.folder = Path(folder or tempfile.mkdtemp(prefix='ism_jax_demo_'))
-        self._scale = max(1, SHOWN_SIDE // model.image_shape[0])
+        self.folder = Path(tempfile.mkdtemp(prefix='ism_jax_demo_'))
+        low, high = model.guidance_range
+        self.guidance_range = low, min(high, max(low, MAX_GUIDANCE))
+        self.default_guidance = min(max(1.5, low), self.guidance_range[1])
+        self.compared_steps = [n for n in COMPARED_STEPS if n <= model.base_steps]
+        self._scale = max(1, DISPLAY_SIDE // model.image_shape[0])
 
     def warm_up(self) -> None:
-        """Compiles what the page asks for first."""
-        self.samples(ANY_CLASS, 0, 4, '', self.default_guidance(), 4)
+        """Compiles the programs of the first picture."""
+        self.samples(ANY_CLASS, 0, 4, '', self.default_guidance, 4)
 
     def warm_up_more(self) -> None:
-        """Compiles what the other tabs will ask for."""
-        w = self.default_guidance()
+        """Compiles the programs of the other tabs."""
+        w = self.default_guidance
         if self.model.has_paths:
             self.path(ANY_CLASS, 0, 4, w)
             self.between(ANY_CLASS, 0, 1, 4, w, 4)
         self.side_by_side(ANY_CLASS, 0, w)
 
-    def default_guidance(self) -> float:
-        low, high = self.model.guidance_range
-        return min(max(1.5, low), high)
-
-    def samples(self, label, seed, steps, schedule, guidance, count) -> Made:
-        """Images of one class (of each in turn, for any)."""
+    def samples(self, label, seed, steps, schedule, guidance, count) -> Picture:
+        """Samples of one class, or of the classes in turn."""
         count = _bounded('count', count, 1, MAX_IMAGES)
-        labels = [self._label(label, number) for number in range(count)]
-        about = self._about(label, seed, guidance) | self._steps(steps, schedule)
-        return self._make(
+        labels = [self._label(label, index) for index in range(count)]
+        settings = self._settings(label, seed, guidance)
+        settings |= self._schedule(steps, schedule)
+        return self._picture(
             lambda: self.model.sample(
-                labels, guidance=guidance, seed=int(seed), schedule=about['schedule']
+                labels, guidance=guidance, seed=int(seed), schedule=settings['schedule']
             ),
-            about,
+            settings,
         )
 
-    def side_by_side(self, label, seed, guidance) -> Made:
-        """One noise at several numbers of steps."""
-        steps = self.side_by_side_steps()
-        about = self._about(label, seed, guidance) | {'steps': steps}
+    def side_by_side(self, label, seed, guidance) -> Picture:
+        """Samples from the same noise with several numbers of steps."""
+        steps = self.compared_steps
+        settings = self._settings(label, seed, guidance) | {'steps': steps}
         options = dict(guidance=guidance, seed=int(seed))
         label = self._label(label, 0)
-        return self._make(
+        return self._picture(
             lambda: np.concatenate(
                 [self.model.sample(label, steps=n, **options) for n in steps]
             ),
-            about,
+            settings,
         )
 
-    def side_by_side_steps(self) -> list[int]:
-        return [n for n in SIDE_BY_SIDE if n <= self.model.base_steps]
-
-    def path(self, label, seed, steps, guidance) -> Made:
-        """From noise to image."""
+    def path(self, label, seed, steps, guidance) -> Picture:
+        """The states of one sampling path, from noise to image."""
         steps = _bounded('steps', steps, 1, MAX_PATH_STEPS)
-        about = self._about(label, seed, guidance) | {'steps': steps}
+        settings = self._settings(label, seed, guidance) | {'steps': steps}
         label = self._label(label, 0)
-        return self._make(
-            lambda: self.model.path(label, steps, guidance, int(seed)), about
+        return self._picture(
+            lambda: self.model.path(label, steps, guidance, int(seed)), settings
         )
 
-    def between(self, label, seed, last_seed, steps, guidance, count) -> Made:
-        """Images between those of two seeds."""
+    def between(self, label, seed, last_seed, steps, guidance, count) -> Picture:
+        """Images of noise that is interpolated between two seeds."""
         count = _bounded('count', count, 2, MAX_IMAGES)
-        about = self._about(label, seed, guidance) | self._steps(steps, '')
-        about['last_seed'] = _bounded('last_seed', last_seed, 0, MAX_SEED)
+        settings = self._settings(label, seed, guidance) | self._schedule(steps, '')
+        settings['last_seed'] = _bounded('last_seed', last_seed, 0, MAX_SEED)
         seeds = (int(seed), int(last_seed))
         label = self._label(label, 0)
-        return self._make(
-            lambda: self.model.between(label, seeds, count, int(steps), guidance), about
+        return self._picture(
+            lambda: self.model.between(label, seeds, count, int(steps), guidance),
+            settings,
         )
 
-    def save(self, made: Made) -> str:
-        """Writes the picture, with its settings in it; returns the path."""
+    def save(self, picture: Picture) -> str:
+        """Writes the picture with its settings as metadata; returns the file's path."""
         path = self.folder / f'ism_jax_{time.time_ns()}.png'
-        image_grid.write_png(path, made.image, made.settings)
-        # Those that a page still shows are among the last.
-        for old in sorted(self.folder.glob('ism_jax_*.png'))[:-256]:
+        image_grid.write_png(path, picture.image, picture.settings)
+        # Only recent pictures can still be on a visitor's page.
+        for old in sorted(self.folder.glob('ism_jax_*.png'))[:-MAX_PICTURES]:
             old.unlink(missing_ok=True)
         return str(path)
 
-    def _make(self, make: Callable[[], np.ndarray], about: dict) -> Made:
+    def _picture(self, make: Callable[[], np.ndarray], settings: dict) -> Picture:
         started = time.perf_counter()
         images = make()
         seconds = time.perf_counter() - started
         image = image_grid.grid(images, min(len(images), 9), scale=self._scale)
-        return Made(image, about, seconds, len(images))
+        return Picture(image, settings, seconds, len(images))
 
-    def _about(self, label, seed, guidance) -> dict:
-        low, high = self.model.guidance_range
+    def _settings(self, label, seed, guidance) -> dict:
         return {
             'class': str(label),
             'seed': _bounded('seed', seed, 0, MAX_SEED),
-            'guidance': _bounded('guidance', guidance, low, high, kind=float),
+            'guidance': _bounded(
+                'guidance', guidance, *self.guidance_range, kind=float
+            ),
             'trained_steps': self.model.trained_steps,
         }
 
-    def _steps(self, steps, schedule: str) -> dict:
+    def _schedule(self, steps, schedule: str) -> dict:
         base_steps = self.model.base_steps
-        if schedule.strip():
-            try:
-                chosen = command_line.parse_numbers(schedule[:MAX_TEXT], float)
-            except ValueError as error:
-                raise FieldError(
-                    'schedule', 'is not a list of numbers such as 0.5,0.25,0.25'
-                ) from error
-            try:
-                time_grid.check_schedule(chosen, base_steps)
-            except ValueError as error:
-                raise FieldError('schedule', str(error)[:MAX_MESSAGE]) from error
-            return {'schedule': chosen}
-        steps = _bounded('steps', steps, 1, base_steps)
-        return {'schedule': time_grid.dyadic_schedule(steps, base_steps)}
+        if not schedule.strip():
+            steps = _bounded('steps', steps, 1, base_steps)
+            return {'schedule': config_check.check_schedule(steps, base_steps)}
+        try:
+            chosen = command_line.parse_numbers(schedule[:MAX_TEXT], float)
+        except ValueError as error:
+            message = 'is not a list of numbers such as 0.5,0.25,0.25'
+            raise FieldError('schedule', message) from error
+        try:
+            return {'schedule': config_check.check_schedule(chosen, base_steps)}
+        except ValueError as error:
+            raise FieldError('schedule', str(error)[:MAX_MESSAGE]) from error
 
-    def _label(self, label, number: int):
+    def _label(self, label, index: int):
         if label == ANY_CLASS:
-            return number % len(self.model.class_names)
+            return index % len(self.model.class_names)
         if label not in self.model.class_names:
-            raise FieldError('label', 'is no class of this network')
+            raise FieldError('label', 'is not a class of this network')
         return label
 
 
 def _bounded(field: str, value, low, high, kind=int):
-    good = isinstance(value, (int, float)) and low <= value <= high
-    if not good or kind(value) != value:
+    """The value as `kind`, in [low, high]."""
+    valid = isinstance(value, (int, float)) and low <= value <= high
+    if not valid or kind(value) != value:
         number = 'a whole number' if kind is int else 'a number'
         raise FieldError(field, f'must be {number} in {low} .. {high}')
     return kind(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tab:
+    """A tab of the page.
+
+    Attributes:
+      title: of the tab.
+      about: one line below the title.
+      make: method of the studio; takes the fields by name.
+      fields: names of the fields, in order.
+      options: limits that replace a field's own, by field.
+    """
+
+    title: str
+    about: str
+    make: Callable[..., Picture]
+    fields: tuple[str, ...]
+    options: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+
+def make_tabs(studio: Studio) -> list[Tab]:
+    """The tabs that suit the network."""
+    numbers = ', '.join(map(str, studio.compared_steps))
+    tabs = [
+        Tab(
+            'Samples',
+            'Change the steps or the guidance scale, and keep the seed to compare.',
+            studio.samples,
+            ('label', 'seed', 'steps', 'schedule', 'guidance', 'count'),
+        ),
+        Tab(
+            'Steps side by side',
+            f'Samples from the same noise in {numbers} steps.',
+            studio.side_by_side,
+            ('label', 'seed', 'guidance'),
+        ),
+    ]
+    if studio.model.has_paths:
+        tabs += [
+            Tab(
+                'From noise to image',
+                'The noise, and the state after each step.',
+                studio.path,
+                ('label', 'seed', 'steps', 'guidance'),
+                {'steps': dict(maximum=min(MAX_PATH_STEPS, studio.model.base_steps))},
+            ),
+            Tab(
+                'Between two seeds',
+                'Images of noise that is interpolated between two seeds.',
+                studio.between,
+                ('label', 'seed', 'last_seed', 'steps', 'guidance', 'count'),
+                {'count': dict(minimum=2)},
+            ),
+        ]
+    return tabs
+
+
+def make_field(studio: Studio, name: str, **limits):
+    """A Gradio component to enter a value; call it inside a `gradio.Blocks`."""
+    import gradio as gr
+
+    low, high = studio.guidance_range
+    steps = limits.pop('maximum', studio.model.base_steps)
+    fields = {
+        'label': lambda: gr.Dropdown(
+            [ANY_CLASS, *studio.model.class_names], value=ANY_CLASS, label='Class'
+        ),
+        'seed': lambda: gr.Number(0, label='Seed'),
+        'last_seed': lambda: gr.Number(1, label='Last seed'),
+        'steps': lambda: gr.Slider(
+            1, steps, value=min(4, steps), step=1, label='Steps'
+        ),
+        'schedule': lambda: gr.Textbox(
+            '', label='Step sizes instead of steps, such as 0.5,0.25,0.25', max_lines=1
+        ),
+        'guidance': lambda: gr.Slider(
+            low,
+            high,
+            value=studio.default_guidance,
+            step=0.1,
+            label='Guidance',
+            interactive=low < high,
+        ),
+        'count': lambda: gr.Slider(
+            limits.get('minimum', 1), MAX_IMAGES, value=4, step=1, label='Images'
+        ),
+    }
+    return fields[name]()
+
+
+def add_tab(studio: Studio, tab: Tab) -> tuple[Callable, list, list]:
+    """Adds a tab to the page.
+
+    Returns:
+      The function that makes its picture, and the function's inputs and outputs.
+    """
+    import gradio as gr
+
+    with gr.Tab(tab.title):
+        gr.Markdown(tab.about)
+        with gr.Row():
+            with gr.Column(scale=1):
+                inputs, errors = [], []
+                for name in tab.fields:
+                    limits = tab.options.get(name, {})
+                    inputs.append(make_field(studio, name, **limits))
+                    errors.append(gr.HTML(padding=False, elem_classes=f'beside-{name}'))
+                button = gr.Button('Generate', variant='primary')
+            with gr.Column(scale=2):
+                image = gr.Image(
+                    type='filepath',
+                    format='png',
+                    interactive=False,
+                    show_label=False,
+                    buttons=['download', 'fullscreen'],
+                )
+                timing = gr.Markdown(elem_classes='timing')
+
+    def run(*values):
+        messages = [''] * len(tab.fields)
+        try:
+            picture = tab.make(**dict(zip(tab.fields, values, strict=True)))
+        except FieldError as error:
+            message = f'<span role="alert" style="color:#b00">{html.escape(str(error))}'
+            messages[tab.fields.index(error.field)] = f'{message}</span>'
+            return gr.skip(), gr.skip(), *messages
+        return studio.save(picture), picture.timing(), *messages
+
+    changes = [
+        part.release if isinstance(part, gr.Slider) else part.change for part in inputs
+    ]
+    outputs = [image, timing, *errors]
+    gr.on(
+        [button.click, *changes],
+        run,
+        inputs,
+        outputs,
+        concurrency_id='model',
+        trigger_mode='always_last',
+        api_name=False,
+        show_progress='minimal',
+    )
+    return run, inputs, outputs
 
 
 def make_page(studio: Studio):
     """The page, a `gradio.Blocks`."""
     import gradio as gr
 
-    model = studio.model
-    low, high = model.guidance_range
-    classes = [ANY_CLASS, *model.class_names]
-
-    fields = {
-        'label': lambda: gr.Dropdown(classes, value=ANY_CLASS, label='Class'),
-        'seed': lambda: gr.Number(0, label='Seed'),
-        'last_seed': lambda: gr.Number(1, label='Last seed'),
-        'steps': lambda most=model.base_steps: gr.Slider(
-            1, most, value=min(4, most), step=1, label='Steps'
-        ),
-        'schedule': lambda: gr.Textbox(
-            '', label='Schedule instead of steps, such as 0.5,0.25,0.25', max_lines=1
-        ),
-        'guidance': lambda: gr.Slider(
-            low, high, value=studio.default_guidance(), step=0.1, label='Guidance',
-            interactive=low < high,
-        ),
-        'count': lambda least=1: gr.Slider(
-            least, MAX_IMAGES, value=4, step=1, label='Images'
-        ),
-    }  # fmt: skip
-
-    def tab(title: str, names: list[str], make, about: str, **changes):
-        """A tab of these fields; returns its function and what goes in and out."""
-        with gr.Tab(title):
-            gr.Markdown(about)
-            with gr.Row():
-                with gr.Column(scale=1):
-                    inputs, beside = [], []
-                    for name in names:
-                        inputs.append((changes.get(name) or fields[name])())
-                        beside.append(
-                            gr.HTML(padding=False, elem_classes=f'beside-{name}')
-                        )
-                    button = gr.Button('Make', variant='primary')
-                with gr.Column(scale=2):
-                    image = gr.Image(
-                        type='filepath', format='png', interactive=False,
-                        show_label=False, buttons=['download', 'fullscreen'],
-                    )  # fmt: skip
-                    told = gr.Markdown(elem_classes='told')
-
-        def run(*values):
-            errors = [''] * len(names)
-            try:
-                made = make(**dict(zip(names, values)))
-            except FieldError as error:
-                message = html.escape(str(error))
-                place = names.index(error.field)
-                errors[place] = (
-                    f'<span role="alert" style="color:#b00">{message}</span>'
-                )
-                return gr.skip(), gr.skip(), *errors
-            return studio.save(made), made.told(), *errors
-
-        moved = [
-            part.release if isinstance(part, gr.Slider) else part.change
-            for part in inputs
-        ]
-        outputs = [image, told, *beside]
-        gr.on(
-            [button.click, *moved], run, inputs, outputs, concurrency_id='model',
-            trigger_mode='always_last', api_name=False, show_progress='minimal',
-        )  # fmt: skip
-        return run, inputs, outputs
-
     with gr.Blocks(title='ism_jax', analytics_enabled=False) as page:
         gr.Markdown(
-            f'# One network, any number of steps\n{html.escape(repr(model))}. The '
-            'pictures, as downloaded, have their settings in them.'
+            f'# One network, any number of steps\n{html.escape(repr(studio.model))}. '
+            'Downloaded pictures hold their settings as metadata.'
         )
-        first = tab(
-            'Samples',
-            ['label', 'seed', 'steps', 'schedule', 'guidance', 'count'],
-            studio.samples,
-            'More steps, more guidance: what changes, what stays?',
-        )
-        tab(
-            'Steps side by side',
-            ['label', 'seed', 'guidance'],
-            studio.side_by_side,
-            'The same noise in '
-            f'{", ".join(str(n) for n in studio.side_by_side_steps())} steps.',
-        )
-        if model.has_paths:
-            tab(
-                'From noise to image',
-                ['label', 'seed', 'steps', 'guidance'],
-                studio.path,
-                'What is there after each step.',
-                steps=lambda: fields['steps'](min(MAX_PATH_STEPS, model.base_steps)),
-            )
-            tab(
-                'Between two seeds',
-                ['label', 'seed', 'last_seed', 'steps', 'guidance', 'count'],
-                studio.between,
-                'Images of the noises between those of two seeds.',
-                count=lambda: fields['count'](2),
-            )
-        page.load(first[0], first[1], first[2], concurrency_id='model', api_name=False)
-    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+        first, *_ = [add_tab(studio, tab) for tab in make_tabs(studio)]
+        page.load(*first, concurrency_id='model', api_name=False)
+    return page.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
 
 
 def check_host(host: str, share_host: bool) -> None:
-    """Refuses to serve other machines by oversight.
+    """Refuses to serve other machines unintentionally.
 
     Raises:
-      ValueError: the address is not this machine's own.
+      ValueError: the address is not this machine's own, and `share_host` is False.
     """
     try:
         local = ipaddress.ip_address(host).is_loopback
@@ -334,42 +389,45 @@ def check_host(host: str, share_host: bool) -> None:
         local = host == 'localhost'
     if not local and not share_host:
         raise ValueError(
-            f'--host {host} lets other machines use this one; say so with '
-            '--share-host, or leave it at 127.0.0.1'
+            f'--host {host} lets other machines use this one; add --share-host to '
+            'allow that, or use the default 127.0.0.1'
         )
 
 
-def run_flags():
-    """Does what the command line says."""
-    share_host = FLAGS['share-host'].value
-    check_host(FLAGS.host, share_host)
-    # It would call home when it is imported.
+def run_flags() -> None:
+    """Runs the command."""
+    check_host(FLAGS.host, FLAGS['share-host'].value)
+    # Otherwise Gradio contacts its servers when it is imported.
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     try:
         import gradio as gr
     except ImportError as error:
-        raise ValueError('the page needs gradio: pip install gradio') from error
+        raise ValueError('the page needs Gradio: pip install gradio') from error
     studio = Studio(generator.load(FLAGS.workdir, FLAGS.step))
     print(f'{studio.model}\ncompiling', flush=True)
     studio.warm_up()
-    # While the first visitor looks at the first picture.
+    # In the background, so that the first picture does not wait for it.
     threading.Thread(target=studio.warm_up_more, daemon=True).start()
     make_page(studio).launch(
-        server_name=FLAGS.host, server_port=FLAGS.port, share=False, max_threads=8,
-        allowed_paths=[str(studio.folder)], max_file_size='1kb', ssr_mode=False,
-        # Fonts of this machine: the usual ones are fetched from elsewhere.
+        server_name=FLAGS.host,
+        server_port=FLAGS.port,
+        share=False,
+        max_threads=8,
+        allowed_paths=[str(studio.folder)],
+        max_file_size='1kb',
+        ssr_mode=False,
+        # Local fonts: the default ones are fetched from another server.
         theme=gr.themes.Default(font='system-ui', font_mono='monospace'),
-        footer_links=[], css=QUIET,
-    )  # fmt: skip
+        footer_links=[],
+        css=CSS,
+    )
 
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
-    flags.DEFINE_string(
-        'workdir', None, 'Run, exported folder or hub id.', required=True
-    )
-    flags.DEFINE_integer('step', None, 'Checkpoint; the latest if not given.')
-    flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at.')
-    flags.DEFINE_integer('port', 7860, 'Port to listen at.', 1, 65535)
+    flags.DEFINE_string('workdir', None, 'Run, export or hub id.', required=True)
+    flags.DEFINE_integer('step', None, 'Checkpoint; the latest by default.')
+    flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.')
+    flags.DEFINE_integer('port', 7860, 'Port to listen on.', 1, 65535)
     flags.DEFINE_bool('share-host', False, 'Serve other machines too.')
-    app.run(command_line.main(run_flags))
+    command_line.run(run_flags)

@@ -1,231 +1,384 @@
-"""Scores a run, or images of any origin.
+r"""Scores a run, or images of any origin.
 
     python -m ism_jax.evaluate --workdir runs/quickstart
 
-With no `--metrics`, as for runs on small images: the Frechet distance of a small
-classifier's features (the classifier is trained once on the real images and kept in
-the workdir) and the accuracy of the samples' classes, over steps and guidance, from the
-slow average. Writes `scores.json` into the workdir.
+Without `--metrics`, for small images: the Frechet distance of a small classifier's
+features and the accuracy of the samples' classes, over steps and guidance scales, from
+the inference EMA. The classifier is trained once on the real images and cached in the
+workdir. Writes `scores.json` into the workdir.
 
-    python -m ism_jax.evaluate --workdir runs/imagenet256_ism_xl2 \\
-        --metrics fid,sfid,is,pr,kid,fd_dinov2 --steps 1,2,4,8,128 --guidance 1.5 \\
+    python -m ism_jax.evaluate --workdir runs/imagenet256_ism_xl2 \
+        --metrics fid,sfid,is,pr,kid,fd_dinov2 --steps 1,2,4,8,128 --guidance 1.5 \
         --reference /data/VIRTUAL_imagenet256_labeled.npz
 
-With `--metrics` (`ism_jax/evaluation/metrics.py` lists them), as in the literature:
-50,000 samples of each cell. Weights of Inception are fetched, or read from
-`--inception`; those of DINOv2 come from the hub or a folder, those of EfficientNet from
-a package.
-Real images are an NPZ batch of ADM's, a folder, or a source such as `tfds:NAME`; their
-statistics are computed once and kept in `--cache_dir`. Samples are made on all devices
-of this process, in chunks that survive a kill: the same command goes on. Processes of
-a cluster share the work (`--distributed`), and so do processes that do not know each
-other, by `--process_index` and `--process_count`. Results are in
-`<workdir>/evaluation`, a `record.json` for each cell and all of them in `records.json`.
+With `--metrics` (listed in `ism_jax/evaluation/metrics.py`), as in the literature:
+50,000 samples for each pair of steps and guidance scale. Inception's weights are
+downloaded, or read from `--inception`; DINOv2's come from the hub or a folder,
+EfficientNet's from a Python package. The real images are an NPZ file in ADM's layout, a
+folder, or a source such as `tfds:NAME`; their statistics are computed once and kept in
+`--cache_dir`. Samples are drawn on all devices of this process, in chunks: the same
+command resumes a stopped evaluation. The processes of a cluster share the work
+(`--distributed`), and so do independent processes with `--process_index` and
+`--process_count`. Results are in `<workdir>/evaluation`: a `record.json` for each pair,
+and all of them in `records.json`.
 
     python -m ism_jax.evaluate --images samples.npz --metrics fid --reference ...
 
-scores images of another program: an NPZ file in ADM's layout, or a folder.
+scores the images of another program: an NPZ file in ADM's layout, or a folder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import functools
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags
+from absl import flags
 import jax
 
-from ism_jax import config as config_lib
-from ism_jax import experiment, trained_network
+from ism_jax import config_check, experiment, trained_network
 from ism_jax.data import sources
+from ism_jax.data.source import Source
 from ism_jax.evaluation import (
     feature_network,
     metrics,
     protocol,
     real_images,
+    records,
     reference_statistics,
     sample_scorer,
-    scores,
+    score_table,
 )
-from ism_jax.runtime import command_line, distributed
+from ism_jax.interchange import autoencoder_weights, exported_network
+from ism_jax.runtime import command_line, distributed, files
 from ism_jax.sampling.sampler import Sampler
 
 
-def load_judges(
-    names: Sequence[str], source, image_size: int | None
-) -> protocol.Judges:
-    """Networks and references as the command line says.
+def load_networks(
+    names: Sequence[str],
+    *,
+    cache_dir: Path,
+    batch_size: int = 64,
+    inception: str = '',
+    inception_name: str = '',
+    dinov2: str = 'facebook/dinov2-large',
+    efficientnet: str = '',
+) -> dict[str, feature_network.FeatureNetwork]:
+    """The feature networks that the metrics need, by name.
 
     Args:
-      names: of metrics.
-      source: real images where `--reference` says nothing; None for none.
-      image_size: side of the samples, to which real images of a folder are brought;
-        None to take them as they are.
+      names: of the metrics.
+      cache_dir: folder of downloaded weights.
+      batch_size: images per forward pass.
+      inception: weights file; '' to download the published one.
+      inception_name: name of other weights, whose distances are not called FID.
+      dinov2: folder, or id on the hub.
+      efficientnet: weights file; '' for the installed package.
     """
-    cache = Path(FLAGS.cache_dir).expanduser()
-    load = {
-        'inception': lambda: feature_network.load_inception(
-            FLAGS.inception or feature_network.fetch_inception(cache),
-            other_name=FLAGS.inception_name, batch_size=FLAGS.network_batch_size,
+    loaders = {
+        'inception': lambda **options: feature_network.load_inception(
+            inception or feature_network.fetch_inception(cache_dir),
+            other_name=inception_name,
+            **options,
         ),
-        'dinov2': lambda: feature_network.load_dinov2(
-            FLAGS.dinov2, batch_size=FLAGS.network_batch_size
+        'dinov2': functools.partial(feature_network.load_dinov2, dinov2),
+        'efficientnet': functools.partial(
+            feature_network.load_efficientnet_lite, efficientnet or None
         ),
-        'efficientnet': lambda: feature_network.load_efficientnet_lite(
-            FLAGS.efficientnet or None, batch_size=FLAGS.network_batch_size
-        ),
-    }  # fmt: skip
-    needed = metrics.networks(names)
-    place = open_reference(source, image_size)
-    networks = {name: load[name]() for name in needed}
-    size = image_size if isinstance(place, Path) and place.is_dir() else None
-    return protocol.Judges(
-        tuple(names),
-        networks,
-        {
-            name: reference_statistics.load_or_compute(
-                place, network, cache_dir=cache, image_size=size, report=print
-            )
-            for name, network in networks.items()
-        },
-    )
+    }
+    return {
+        name: loaders[name](batch_size=batch_size) for name in metrics.networks(names)
+    }
 
 
-def open_reference(source, image_size: int | None):
-    """What `--reference` names: a path, or a source of data."""
-    text = FLAGS.reference
-    if not text:
-        if source is None:
-            raise ValueError(
-                "--reference names the real images: an NPZ file of ADM's, a folder, or "
-                'a source such as tfds:imagenet2012'
-            )
-        return source
-    if Path(text).expanduser().exists():
-        return Path(text).expanduser()
-    if image_size is None:
-        raise ValueError(f'--reference {text} is neither a file nor a folder')
-    return sources.make_source(
-        text, image_size=image_size, channels=3, data_dir=FLAGS.data_dir,
-        split=FLAGS.split,
-    )  # fmt: skip
+def open_reference(
+    text: str, *, image_size: int | None, data_dir: str = '', split: str = 'train'
+) -> Path | Source:
+    """The real images that `--reference` names.
 
+    Args:
+      text: a path, or a data source such as 'tfds:NAME'.
+      image_size: side of a source's images; None if only a path is allowed.
+      data_dir: TFDS's folder.
+      split: of a TFDS data set.
 
-def run_images():
-    """Scores `--images`."""
-    names = command_line.parse_list(FLAGS.metrics)
-    metrics.networks(names)
-    images = real_images.open_images(FLAGS.images)
-    judges = load_judges(names, None, None)
-    record = protocol.evaluate_images(images, judges)
-    path = Path(FLAGS.out or 'evaluation') / 'images.json'
-    scores.write_records(path, [record])
-    print(f'\n{protocol.table([record])}\n\nwrote {path}')
-
-
-def run_cells(run, sampler: Sampler, steps, guidance):
-    """Scores a run by `--metrics`."""
-    names = command_line.parse_list(FLAGS.metrics)
-    metrics.networks(names)
-    source = None if FLAGS.reference else source_of(run)
-    judges = load_judges(names, source, sampler.shown_shape()[0])
-    out = Path(FLAGS.out or Path(FLAGS.workdir) / 'evaluation')
-    records = protocol.evaluate_cells(
-        run, sampler, judges, steps=steps, guidance=guidance,
-        samples=FLAGS.samples or 50_000, labels=FLAGS.labels, seed=FLAGS.seed, out=out,
-        keep=command_line.parse_list(FLAGS.keep), **distributed.share_by_flags(FLAGS),
-    )  # fmt: skip
-    if records is not None:
-        print(f'\n{protocol.table(records)}\n\nwrote {out}/records.json')
-
-
-def run_classifier(run, sampler: Sampler, steps, guidance):
-    """Scores a run by a small classifier."""
-    source = source_of(run)
-    if source is None:
+    Raises:
+      ValueError: neither a path nor a source.
+    """
+    path = files.local_path(text, '--reference')
+    if text and path.exists():
+        return path
+    if not text or image_size is None:
+        problem = f'--reference {text} does not exist' if text else 'no --reference'
         raise ValueError(
-            f'{FLAGS.workdir} names no images that a small classifier could learn from '
-            f'(data.source = {run.config.data.source!r}); say how to judge its '
-            'samples, such as --metrics fid,is --reference tfds:imagenet2012'
+            f"{problem}: give the real images, an NPZ file in ADM's layout or a folder"
+            + ('' if image_size is None else ', or a source such as tfds:imagenet2012')
         )
-    config = run.config
-    scorer = sample_scorer.SampleScorer(
-        source, sampler, cache_dir=FLAGS.workdir, seed=config.seed
+    return sources.make_source(
+        text, image_size=image_size, channels=3, data_dir=data_dir, split=split
     )
-    sample_scorer.score_settings(
-        scorer, run.params, trained_steps=run.step, steps=steps, guidance=guidance,
-        samples=FLAGS.samples or config.scores.samples, workdir=FLAGS.workdir,
-    )  # fmt: skip
 
 
-def source_of(run: trained_network.TrainedNetwork) -> sources.Source | None:
-    """The images that a run was trained on, if its config names such."""
+def load_metrics(
+    names: Sequence[str],
+    networks: Mapping[str, feature_network.FeatureNetwork],
+    reference: Path | Source,
+    *,
+    cache_dir: Path,
+    image_size: int | None,
+) -> metrics.MetricSet:
+    """The metrics with their networks and the statistics of the real images.
+
+    `image_size` is the side to which images of a folder are resized; None keeps it.
+    """
+    is_folder = isinstance(reference, Path) and reference.is_dir()
+    references = {
+        name: reference_statistics.load_or_compute(
+            reference,
+            network,
+            cache_dir=cache_dir,
+            image_size=image_size if is_folder else None,
+            log=print,
+        )
+        for name, network in networks.items()
+    }
+    return metrics.MetricSet(tuple(names), networks, references)
+
+
+def run_source(run: trained_network.TrainedNetwork) -> Source | None:
+    """The images that a run was trained on; None if it was trained on latents."""
     if not run.config.data.source or run.config.data.source.startswith('latents:'):
         return None
-    return sources.make_source(
-        run.config.data.source, **config_lib.source_options(run.config)
+    return experiment.make_source(run.config)
+
+
+def describe(run: trained_network.TrainedNetwork) -> dict[str, Any]:
+    """What identifies the network of a run, for the record and hash of its scores."""
+    autoencoder = run.config.data.autoencoder
+    return {
+        'params_sha256': exported_network.params_digest(run.params),
+        'average': 'infer',
+        'trained_steps': run.step,
+        'objective': run.config.objective.to_dict(),
+        'model': run.config.model.to_dict(),
+        'autoencoder': autoencoder,
+        'autoencoder_sha256': autoencoder_weights.digest(autoencoder)
+        if autoencoder
+        else '',
+    }
+
+
+def evaluate_images(images, metric_set: metrics.MetricSet, *, out: Path) -> dict:
+    """Scores images and writes `images.json`; returns the record."""
+    record = protocol.evaluate_images(images, metric_set)
+    path = out / 'images.json'
+    records.write_records(path, [record])
+    print(f'\n{score_table.metrics_table([record])}\n\nwrote {path}')
+    return record
+
+
+def evaluate_run(
+    run: trained_network.TrainedNetwork,
+    sampler: Sampler,
+    metric_set: metrics.MetricSet,
+    *,
+    out: Path,
+    **options,
+) -> list[dict] | None:
+    """Scores a run by metrics; options are those of `protocol.evaluate_settings`."""
+    found = protocol.evaluate_settings(
+        run.params,
+        sampler,
+        metric_set,
+        describe(run),
+        num_classes=len(run.class_names),
+        out=out,
+        **options,
     )
+    if found is not None:
+        print(f'\n{score_table.metrics_table(found)}\n\nwrote {out}/records.json')
+    return found
+
+
+def evaluate_by_classifier(
+    run: trained_network.TrainedNetwork,
+    sampler: Sampler,
+    *,
+    steps: Sequence[int],
+    guidance: Sequence[float],
+    samples: int,
+    workdir: Path,
+) -> list[dict]:
+    """Scores a run by a small classifier of the images that it was trained on.
+
+    Raises:
+      ValueError: it was trained on latents, or the samples are too few.
+    """
+    source = run_source(run)
+    if source is None:
+        raise ValueError(
+            f'{workdir} has no images to train a small classifier on (its data are '
+            f'{run.config.data.source!r}); choose metrics, such as --metrics fid,is '
+            '--reference tfds:imagenet2012'
+        )
+    if samples < 2:
+        raise ValueError(f'--samples {samples}: a score needs at least 2')
+    scorer = sample_scorer.SampleScorer(
+        source, sampler, cache_dir=workdir, seed=run.config.seed
+    )
+    return sample_scorer.score_settings(
+        scorer,
+        run.params,
+        trained_steps=run.step,
+        steps=steps,
+        guidance=guidance,
+        samples=samples,
+        workdir=workdir,
+    )
+
+
+def check_flags(values) -> None:
+    """Raises ValueError for flags that do not fit together."""
+    if bool(values.images) == bool(values.workdir):
+        raise ValueError('give --workdir, a run, or --images, a folder or NPZ file')
+    unknown = set(command_line.parse_list(values.keep)) - set(protocol.KEEP)
+    if unknown:
+        raise ValueError(
+            f'--keep {values.keep}: {min(unknown)!r} is not one of '
+            f'{", ".join(protocol.KEEP)}'
+        )
+    index, count = values.process_index, values.process_count
+    if None not in (index, count) and not 0 <= index < count:
+        raise ValueError(f'--process_index {index} is not in 0 .. {count - 1}')
 
 
 def run_flags():
-    """Does what the command line says."""
-    if bool(FLAGS.images) == bool(FLAGS.workdir):
-        raise ValueError('give --workdir, a run, or --images, a folder or NPZ file')
+    """Runs the command with its flags."""
+    check_flags(FLAGS)
     distributed.start_by_flags(FLAGS)
     if jax.process_count() > 1 and (FLAGS.images or not FLAGS.metrics):
         raise ValueError(
-            'several processes share the samples of a --workdir for --metrics; the '
-            'rest is the work of one: start it by itself, with --distributed=off'
+            'several processes only share the samples of a --workdir for --metrics; '
+            'start one process, with --distributed=off'
         )
+    names = command_line.parse_list(FLAGS.metrics)
+    cache_dir = Path(FLAGS.cache_dir).expanduser()
+
+    def load(reference, image_size):
+        networks = load_networks(
+            names,
+            cache_dir=cache_dir,
+            batch_size=FLAGS.network_batch_size,
+            inception=FLAGS.inception,
+            inception_name=FLAGS.inception_name,
+            dinov2=FLAGS.dinov2,
+            efficientnet=FLAGS.efficientnet,
+        )
+        return load_metrics(
+            names, networks, reference, cache_dir=cache_dir, image_size=image_size
+        )
+
     if FLAGS.images:
-        return run_images()
+        metrics.networks(names)
+        images = real_images.open_images(FLAGS.images)
+        metric_set = load(open_reference(FLAGS.reference, image_size=None), None)
+        evaluate_images(
+            images, metric_set, out=files.local_path(FLAGS.out or 'evaluation', '--out')
+        )
+        return
+
     run = trained_network.load(FLAGS.workdir, FLAGS.step)
-    objective = config_lib.make_objective(run.config, len(run.class_names))
-    steps = command_line.parse_numbers(FLAGS.steps, int) or run.config.sample.steps
-    guidance = (
-        command_line.parse_numbers(FLAGS.guidance, float) or run.config.sample.guidance
+    defaults = run.config.sample
+    steps = command_line.parse_numbers(FLAGS.steps, int) or defaults.steps
+    guidance = command_line.parse_numbers(FLAGS.guidance, float) or defaults.guidance
+    parts = run.experiment()
+    config_check.check_guidance(parts.objective, guidance)
+    sampler = parts.make_sampler(FLAGS.batch_size or defaults.batch_size)
+    if not FLAGS.metrics:
+        evaluate_by_classifier(
+            run,
+            sampler,
+            steps=steps,
+            guidance=guidance,
+            samples=FLAGS.samples or run.config.scores.samples,
+            workdir=Path(FLAGS.workdir),
+        )
+        return
+    metrics.networks(names)
+    size, _, channels = sampler.output_shape()
+    if channels not in (1, 3):
+        raise ValueError(
+            f'{FLAGS.workdir} makes latents of {channels} channels and has no '
+            'autoencoder to decode them, but metrics need images'
+        )
+    options = dict(image_size=size, data_dir=FLAGS.data_dir, split=FLAGS.split)
+    reference = None if FLAGS.reference else run_source(run)
+    if reference is None:
+        reference = open_reference(FLAGS.reference, **options)
+    evaluate_run(
+        run,
+        sampler,
+        load(reference, size),
+        out=files.local_path(FLAGS.out or f'{FLAGS.workdir}/evaluation', '--out'),
+        steps=steps,
+        guidance=guidance,
+        samples=FLAGS.samples or 50_000,
+        labels=FLAGS.labels,
+        seed=FLAGS.seed,
+        keep=command_line.parse_list(FLAGS.keep),
+        **distributed.share_by_flags(FLAGS),
     )
-    config_lib.check_guidance(objective, guidance)
-    sampler = experiment.make_sampler(
-        run.config, objective, run.apply, run.image_shape,
-        batch_size=FLAGS.batch_size or run.config.sample.batch_size,
-    )  # fmt: skip
-    score = run_cells if FLAGS.metrics else run_classifier
-    score(run, sampler, steps, guidance)
 
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_string('workdir', None, 'Folder of the run.')
     flags.DEFINE_string('images', '', 'Images to score instead: folder or NPZ file.')
-    flags.DEFINE_integer('step', None, 'Checkpoint; the latest if not given.')
-    flags.DEFINE_string('steps', '', 'Such as 1,2,4; the config says by default.')
-    flags.DEFINE_string('guidance', '', 'Such as 0,1.5; the config says by default.')
+    flags.DEFINE_integer('step', None, 'Checkpoint; the latest by default.')
+    flags.DEFINE_string('steps', '', "Such as 1,2,4; by default the config's.")
+    flags.DEFINE_string(
+        'guidance', '', "Scales such as 0,1.5; by default the config's."
+    )
     flags.DEFINE_integer(
         'samples',
         0,
-        'Of each cell; 0: 50,000, or without --metrics as the config says.',
+        'For each pair of steps and guidance; 0 for 50,000, or without --metrics for '
+        "the config's.",
     )
-    flags.DEFINE_string('metrics', '', f'Such as {",".join(metrics.MEASURES)}.')
-    flags.DEFINE_string('reference', '', 'Real images; those of the run by default.')
+    flags.DEFINE_string('metrics', '', f'Such as {",".join(metrics.METRICS)}.')
+    flags.DEFINE_string(
+        'reference', '', "Real images; by default the run's training images."
+    )
     flags.DEFINE_string('data_dir', '', "TFDS's folder; '' for its default.")
     flags.DEFINE_string('split', 'train', 'Of a TFDS data set.')
     flags.DEFINE_enum(
         'labels',
         'balanced',
         protocol.LABELS,
-        'Every class equally often, or at random.',
+        'Labels of the samples: every class equally often, or random.',
     )
     flags.DEFINE_integer('seed', 0, 'Of the noise and of random labels.')
-    flags.DEFINE_integer('batch_size', 0, 'Samples at once; 0: as the config says.')
-    flags.DEFINE_string('keep', '', 'Samples to keep: npz,png.')
-    flags.DEFINE_string('out', '', 'Folder of results; <workdir>/evaluation if empty.')
-    flags.DEFINE_string('inception', '', 'File of its weights; fetched if empty.')
-    flags.DEFINE_string('inception_name', '', 'Name of other weights: no FID then.')
-    flags.DEFINE_string('dinov2', 'facebook/dinov2-large', 'Folder or hub id.')
-    flags.DEFINE_string('efficientnet', '', "File of its weights; '' for the package.")
-    flags.DEFINE_integer(
-        'network_batch_size', 64, 'Images that a network sees at once.'
+    flags.DEFINE_integer('batch_size', 0, "Samples per batch; 0 for the config's.")
+    flags.DEFINE_string('keep', '', 'Files of samples to keep: npz,png.')
+    flags.DEFINE_string(
+        'out', '', 'Folder of the results; <workdir>/evaluation by default.'
     )
-    flags.DEFINE_string('cache_dir', '~/.cache/ism_jax', 'Of weights and references.')
+    flags.DEFINE_string('inception', '', 'Weights file; downloaded by default.')
+    flags.DEFINE_string(
+        'inception_name', '', 'Name of other weights, whose distances are not FID.'
+    )
+    flags.DEFINE_string('dinov2', 'facebook/dinov2-large', 'Folder or hub id.')
+    flags.DEFINE_string(
+        'efficientnet', '', 'Weights file; by default of the installed package.'
+    )
+    flags.DEFINE_integer(
+        'network_batch_size',
+        64,
+        'Images per forward pass of a feature network.',
+        lower_bound=1,
+    )
+    flags.DEFINE_string(
+        'cache_dir', '~/.cache/ism_jax', 'Folder of weights and reference statistics.'
+    )
     distributed.define_flags()
     distributed.define_share_flags('samples')
-    app.run(command_line.main(run_flags))
+    command_line.run(run_flags)

@@ -1,6 +1,7 @@
-"""From a config to the parts of training: the one place where configs are unpacked.
+"""From a config to the parts of a training: the only place where configs are unpacked.
 
-What is built here takes arrays and keyword scalars and knows no config.
+`Experiment` builds each part once, when it is first used. The parts take arrays and
+keyword scalars and know no config.
 """
 
 import functools
@@ -9,171 +10,313 @@ import jax
 from jax.sharding import NamedSharding
 import numpy as np
 
-from ism_jax import config as config_lib
-from ism_jax.data import pool_loader
-from ism_jax.method import loss_distance, wavelet
-from ism_jax.models import sit, vae
+from ism_jax import objectives
+from ism_jax.data import pool_loader, sources
+from ism_jax.data.source import Source
+from ism_jax.evaluation.sample_scorer import SampleScorer, score_settings
+from ism_jax.interchange import autoencoder_weights
+from ism_jax.method import loss_distance, random_streams, wavelet
+from ism_jax.models import sit
 from ism_jax.runtime import sharding
 from ism_jax.sampling.sampler import Sampler
-from ism_jax.training import optimizer, paired_pool, train_step
+from ism_jax.training import checkpoint, optimizer, paired_pool, train_state, train_step
 
 
-def make_model(config, num_classes: int) -> sit.SiT:
-    """The network that the config describes."""
-    return sit.SiT(num_classes=num_classes, **config.model)
-
-
-def apply_model(model: sit.SiT, params, x, t, d, w, label) -> jax.Array:
-    """The network as a function of parameters, as objectives and samplers call it."""
-    return model.apply({'params': params}, x, t, d, w, label)
-
-
-def make_optimizer(config):
-    """AdamW as the config says."""
-    rate = optimizer.learning_rate(
-        peak=config.optimizer.learning_rate,
-        schedule=config.optimizer.schedule,
-        warmup_steps=config.optimizer.warmup_steps,
-        num_steps=config.train.steps,
-    )
-    return optimizer.adamw(
-        rate,
-        b1=config.optimizer.b1,
-        b2=config.optimizer.b2,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        clip_norm=config.optimizer.clip_norm,
-    )
-
-
-def make_distance(config, source):
-    """The distance of the losses: error -> values [B] and their parts."""
-    if not config.wavelet.enabled:
-        return loss_distance.squared_error
-    options = dict(wavelet=config.wavelet.name, levels=config.wavelet.levels)
-    weighting = config_lib.parse_weighting(config.wavelet.weighting)
-    variance = None
-    if weighting == 'equal_variance':
-        random = np.random.default_rng(config.seed)
-        chosen = random.permutation(len(source))[:2048].tolist()
-        examples = np.stack([source.example(index, random) for index in chosen])
-        variance = wavelet.target_band_variance(examples, **options)
-    weights = wavelet.band_weights(
-        weighting, image_shape=source.image_shape, band_variance=variance, **options
-    )
-    return functools.partial(loss_distance.wavelet_error, weights=weights, **options)
-
-
-def compiled_step(config, source, mesh, shardings):
-    """`train_step`, compiled for the mesh: (state, pool, seed_key) -> state, metrics.
-
-    The state is donated.
-    """
-    model = make_model(config, len(source.class_names))
-    step = functools.partial(
-        train_step.train_step,
-        apply=functools.partial(apply_model, model),
-        objective=config_lib.make_objective(config, len(source.class_names)),
-        distance=make_distance(config, source),
-        tx=make_optimizer(config),
-        accumulate=config.train.accumulate,
-        target_decay=config.ema.target_decay,
-        infer_decay=config.ema.infer_decay,
-        ema_warmup=config.ema.warmup,
-        num_steps=config.train.steps,
-    )
-    whole = sharding.replicated(mesh)
-    return jax.jit(
-        step,
-        in_shardings=(shardings, pool_shardings(mesh), whole),
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-    )
-
-
-def pool_batches(config) -> int:
-    """K, how many batches share a pool."""
-    return config.transport.batches if config.transport.enabled else 1
-
-
-def make_loader(config, source, *, batches: int) -> pool_loader.PoolLoader:
-    """Pools of `batches` batches for this process."""
-    # Without transport a pool is a batch, which shall be of all classes.
-    grouped = config.data.classes_per_pool if config.transport.enabled else 0
-    return pool_loader.PoolLoader(
-        source,
-        batches=batches,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        flip=config.data.flip,
-        classes_per_pool=grouped,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        retry_seconds=config.data.retry_seconds,
-    )
-
-
-def make_sampler(
-    config, objective, apply, shape, *, batch_size: int, mesh=None
-) -> Sampler:
-    """Makes images; of latents through `data.autoencoder`, where there is one.
+class Experiment:
+    """A config and its parts.
 
     Args:
-      config: of the run.
-      objective: what the network was trained with.
-      apply: the network.
-      shape: (H, W, C) of what the network makes.
-      batch_size: how many are made at once.
-      mesh: of the parameters; None for that of `checkpoint.load_run`, all devices of
-        this process.
+      config: a validated config.
+      mesh: of the devices; by default as the config says.
+      source: of the data; by default as the config says.
+      num_classes, image_shape: of the data, where it is not to be opened.
     """
-    decode = None
-    if config.data.autoencoder:
-        mesh = sharding.local_mesh() if mesh is None else mesh
-        decode = vae.make_decoder(
-            config.data.autoencoder,
-            mesh,
-            config.data.latent_mean,
-            config.data.latent_std,
+
+    def __init__(
+        self, config, *, mesh=None, source=None, num_classes=None, image_shape=None
+    ):
+        self.config = config
+        given = dict(
+            mesh=mesh, source=source, num_classes=num_classes, image_shape=image_shape
         )
-    return Sampler(objective, apply, shape, batch_size=batch_size, decode=decode)
+        for name, value in given.items():
+            if value is not None:
+                setattr(self, name, value)
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The data."""
+        return make_source(self.config)
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """Classes of the data."""
+        return len(self.source.class_names)
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of what the network makes."""
+        return self.source.image_shape
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices, as axes `data` and `fsdp`."""
+        return sharding.make_mesh(self.config.mesh.data, self.config.mesh.fsdp)
+
+    @functools.cached_property
+    def seed_key(self) -> jax.Array:
+        """The run's key, on all devices."""
+        return sharding.replicate(jax.random.key(self.config.seed), self.mesh)
+
+    @functools.cached_property
+    def model(self) -> sit.SiT:
+        """The network; on a mesh of devices its activations are split over it."""
+        # A plan has an abstract mesh.
+        mesh = self.mesh if isinstance(self.mesh, jax.sharding.Mesh) else None
+        return make_model(self.config, self.num_classes, mesh)
+
+    def apply(self, params, x, t, d, w, label) -> jax.Array:
+        """The network as a function of its parameters."""
+        return self.model.apply({'params': params}, x, t, d, w, label)
+
+    @functools.cached_property
+    def objective(self):
+        """The method."""
+        return objectives.create(num_classes=self.num_classes, **self.config.objective)
+
+    @functools.cached_property
+    def optimizer(self):
+        """AdamW with its schedule."""
+        options = self.config.optimizer
+        rate = optimizer.learning_rate(
+            peak=options.learning_rate,
+            schedule=options.schedule,
+            warmup_steps=options.warmup_steps,
+            num_steps=self.config.train.steps,
+        )
+        return optimizer.adamw(
+            rate,
+            b1=options.b1,
+            b2=options.b2,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            clip_norm=options.clip_norm,
+        )
+
+    @functools.cached_property
+    def distance(self):
+        """The distance of the losses: error -> values [B] and their parts."""
+        if not self.config.wavelet.enabled:
+            return loss_distance.squared_error
+        name, levels = self.config.wavelet.name, self.config.wavelet.levels
+        weighting = parse_weighting(self.config.wavelet.weighting)
+        variance = None
+        if weighting == 'equal_variance':
+            random = np.random.default_rng(self.config.seed)
+            chosen = random.permutation(len(self.source))[:2048].tolist()
+            examples = np.stack([self.source.example(i, random) for i in chosen])
+            variance = wavelet.target_band_variance(
+                examples, wavelet=name, levels=levels
+            )
+        weights = wavelet.band_weights(weighting, levels=levels, band_variance=variance)
+        return functools.partial(
+            loss_distance.wavelet_error, weights=weights, wavelet=name, levels=levels
+        )
+
+    @property
+    def pool_batches(self) -> int:
+        """K, how many batches share a pool."""
+        return self.config.transport.batches if self.config.transport.enabled else 1
+
+    def init_state(self):
+        """A fresh train state on the mesh, and its shardings."""
+        key = jax.random.key(self.config.seed)
+        key = random_streams.stream(key, random_streams.INIT, 0)
+        return train_state.create(
+            lambda: sit.init_params(self.model, self.image_shape, key),
+            self.optimizer,
+            self.mesh,
+            twin_ema=self.config.ema.twin,
+        )
+
+    def compile_train_step(self, shardings):
+        """`train_step` for the mesh: (state, pool, seed_key) -> state, metrics.
+
+        The state is donated.
+        """
+        config = self.config
+        step = functools.partial(
+            train_step.train_step,
+            apply=self.apply,
+            objective=self.objective,
+            distance=self.distance,
+            tx=self.optimizer,
+            accumulate=config.train.accumulate,
+            target_decay=config.ema.target_decay,
+            infer_decay=config.ema.infer_decay,
+            ema_warmup=config.ema.warmup,
+            num_steps=config.train.steps,
+        )
+        replicated = sharding.replicated(self.mesh)
+        return jax.jit(
+            step,
+            in_shardings=(shardings, pool_shardings(self.mesh), replicated),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        )
+
+    def make_loader(self, batches: int | None = None) -> pool_loader.PoolLoader:
+        """Pools of `batches` batches, by default `pool_batches`, for this process."""
+        data = self.config.data
+        # Without transport a pool is a batch, which shall have all classes.
+        grouped = data.classes_per_pool if self.config.transport.enabled else 0
+        return pool_loader.PoolLoader(
+            self.source,
+            batches=batches or self.pool_batches,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            flip=data.flip,
+            classes_per_pool=grouped,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_threads=data.num_threads,
+            prefetch=data.prefetch,
+            retry_seconds=data.retry_seconds,
+        )
+
+    def next_pool(self, loader: pool_loader.PoolLoader):
+        """The loader's next pool on the devices, and the coupling's report."""
+        return paired_pool.next_pool(loader, self.coupling, self.mesh, self.seed_key)
+
+    @functools.cached_property
+    def coupling(self):
+        """The compiled coupling of a pool, or None without transport."""
+        options = self.config.transport
+        if not options.enabled:
+            return None
+        # Imported here: OTT takes two seconds to import, and sampling needs none.
+        from ism_jax.transport import coupling
+
+        fast, classes = {}, self.config.data.classes_per_pool
+        if classes:
+            # Twice as many and as large as a pool has by plan: chunks of a class may
+            # meet, and pools straddle chunks.
+            size = options.batches * self.config.train.batch_size
+            chunk = -(-size // classes)
+            fast = dict(
+                max_classes=min(2 * classes, size), class_capacity=min(2 * chunk, size)
+            )
+        return jax.jit(
+            functools.partial(
+                coupling.couple_pool,
+                mesh=self.mesh,
+                method=options.method,
+                per_class=options.per_class,
+                num_classes=self.num_classes,
+                epsilon=options.epsilon,
+                max_iterations=options.max_iterations,
+                tolerance=options.tolerance,
+                **fast,
+            )
+        )
+
+    def make_sampler(self, batch_size: int | None = None) -> Sampler:
+        """A sampler of images; latents are decoded if there is an autoencoder.
+
+        Args:
+          batch_size: samples made at once; by default `sample.batch_size`.
+        """
+        data, decode = self.config.data, None
+        if data.autoencoder:
+            decode = autoencoder_weights.make_decoder(
+                data.autoencoder, self.mesh, data.latent_mean, data.latent_std
+            )
+        return Sampler(
+            self.objective,
+            self.apply,
+            self.image_shape,
+            batch_size=batch_size or self.config.sample.batch_size,
+            decode=decode,
+        )
+
+    def make_scorer(self, sampler: Sampler, cache_dir, log) -> SampleScorer | None:
+        """Scores samples by a small classifier; None where the config wants none."""
+        if not self.config.scores.enabled:
+            return None
+        return SampleScorer(
+            self.source, sampler, cache_dir=cache_dir, seed=self.config.seed, log=log
+        )
+
+    def score(self, scorer: SampleScorer, state, workdir, log) -> None:
+        """Scores the inference EMA as `sample` says; writes `scores.json`."""
+        score_settings(
+            scorer,
+            state.infer,
+            trained_steps=int(state.step),
+            steps=self.config.sample.steps,
+            guidance=self.config.sample.guidance,
+            samples=self.config.scores.samples,
+            workdir=workdir,
+            log=log,
+        )
+
+    def make_checkpointer(self, workdir, log) -> checkpoint.Checkpointer:
+        """Saves and restores the run in a folder."""
+        return checkpoint.Checkpointer(
+            workdir,
+            keep_last=self.config.checkpoint.keep_last,
+            keep_best=self.config.checkpoint.keep_best,
+            log=log,
+        )
+
+    def intervals(self) -> dict[str, int]:
+        """Options of `loop.Intervals`."""
+        return dict(
+            end=self.config.train.steps,
+            log=self.config.log.every,
+            checkpoint=self.config.checkpoint.every,
+            grid=self.config.log.grid_every,
+        )
+
+    def grid_options(self) -> dict:
+        """Options of `loop.draw_grids`; the noise has a random stream of its own."""
+        key = jax.random.key(self.config.seed)
+        return dict(
+            key=random_streams.stream(key, random_streams.SAMPLES, 0),
+            num_classes=self.num_classes,
+            steps=self.config.log.grid_steps,
+            guidance=self.config.log.grid_guidance,
+            columns=self.config.log.grid_columns,
+        )
 
 
-def make_coupling(config, mesh, num_classes: int):
-    """The compiled coupling of a pool, or None without transport."""
-    options = config.transport
-    if not options.enabled:
-        return None
-    # Here, because OTT takes two seconds to import and sampling does without.
-    from ism_jax.transport import coupling
-
-    fast = {}
-    if config.data.classes_per_pool:
-        # Twice as many and as large as a pool has by plan: chunks of a class may meet,
-        # and pools straddle chunks.
-        size = options.batches * config.train.batch_size
-        chunk = -(-size // config.data.classes_per_pool)
-        fast = dict(
-            max_classes=min(2 * config.data.classes_per_pool, size),
-            class_capacity=min(2 * chunk, size),
-        )
-    return jax.jit(
-        functools.partial(
-            coupling.couple_pool,
-            mesh=mesh,
-            method=options.method,
-            per_class=options.per_class,
-            num_classes=num_classes,
-            epsilon=options.epsilon,
-            max_iterations=options.max_iterations,
-            tolerance=options.tolerance,
-            **fast,
-        )
+def make_source(config) -> Source:
+    """The data that the config names."""
+    return sources.make_source(
+        config.data.source,
+        image_size=config.data.image_size,
+        channels=config.data.channels,
+        data_dir=config.data.dir,
+        on_corrupt=config.data.on_corrupt,
+        latent_mean=config.data.latent_mean,
+        latent_std=config.data.latent_std,
     )
+
+
+def make_model(config, num_classes: int, mesh=None) -> sit.SiT:
+    """The network that the config describes; its activations are split over `mesh`."""
+    return sit.SiT(num_classes=num_classes, mesh=mesh, **config.model)
+
+
+def parse_weighting(text) -> str | list[float]:
+    """A weighting's name, or the numbers of '1,2,3'."""
+    try:
+        return [float(part) for part in str(text).split(',')]
+    except ValueError:
+        return text
 
 
 def pool_shardings(mesh) -> paired_pool.Pool:
+    """Shardings of a `Pool`: each batch is split over all devices."""
     split = NamedSharding(mesh, sharding.POOL)
     return paired_pool.Pool(split, split, split, sharding.replicated(mesh))

@@ -1,69 +1,66 @@
-"""Samples from a run.
+r"""Draws samples from a trained network.
 
-    python -m ism_jax.sample --workdir runs/quickstart --steps 1,2,4,8,128 \\
+    python -m ism_jax.sample --workdir runs/quickstart --steps 1,2,4,8,128 \
         --guidance 0,1,2.5 --labels 0-9 --seed 0 --out samples
 
-Writes `grid.png` (steps by guidance), one PNG for each cell and `samples.npz` with
-`images` [steps, guidance, labels, H, W, C] uint8 and the settings. The same seed shows
-the same noise in every cell. Steps that are no power of two are made of dyadic steps
-(see `ism_jax.method.time_grid.dyadic_schedule`); `--schedule 0.5,0.25,0.25` gives them
-explicitly. One network call per step, whatever the guidance; samples are made from the
-slow average, `infer`.
+Writes `grid.png` (steps by guidance), one PNG for each cell, and `samples.npz` with
+`images` [steps, guidance, labels, H, W, C] uint8 and the settings. Every cell starts
+from the same noise. A number of steps that is not a power of two is split into dyadic
+steps (see `ism_jax.method.time_grid.dyadic_schedule`); `--schedule 0.5,0.25,0.25` gives
+step sizes explicitly. Samples are drawn with the inference EMA.
 """
 
-import io
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 import jax
 import numpy as np
 
-from ism_jax import config as config_lib
-from ism_jax import experiment, trained_network
+from ism_jax import config_check, trained_network
 from ism_jax.data import pixels
-from ism_jax.method import time_grid
 from ism_jax.runtime import command_line, files
 from ism_jax.sampling import image_grid
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
-    """Labels of '0-4,7,null'; 'null' asks for no class.
+    """Label indices of '0-4,7,null', where null is `num_classes`.
 
     Raises:
-      ValueError: a label out of range, named.
+      ValueError: a part that is not a label of these classes, or no label at all.
     """
     labels = []
     for part in text.split(','):
-        if part.strip() == 'null':
-            labels.append(num_classes)
-            continue
         first, _, last = part.partition('-')
         try:
-            labels += range(int(first), int(last or first) + 1)
-        except ValueError as error:
+            chosen = range(int(first), int(last or first) + 1)
+        except ValueError:
+            chosen = [num_classes] if part.strip() == 'null' else [-1]
+        if not all(0 <= label <= num_classes for label in chosen):
             raise ValueError(
-                f'--labels {text!r}: {part!r} is no label; write such as 0-4,7,null'
-            ) from error
-    for label in labels:
-        if not 0 <= label <= num_classes:
-            raise ValueError(
-                f'--labels {text!r}: {label} is not in 0 .. {num_classes - 1} (the '
-                "classes of this run; 'null' for none)"
+                f'--labels {text!r}: {part!r} is not in 0 .. {num_classes - 1} or '
+                "'null'; write labels such as 0-4,7,null"
             )
+        labels += chosen
     if not labels:
-        raise ValueError(f'--labels {text!r} names no label; write such as 0-4,7,null')
+        raise ValueError(f'--labels {text!r} is empty; write labels such as 0-4,7,null')
     return labels
 
 
 def sample_grid(
-    run: trained_network.TrainedNetwork, *, schedules_, guidance, labels, seed: int
+    run: trained_network.TrainedNetwork,
+    *,
+    schedules: Sequence[Sequence[float]],
+    guidance: Sequence[float],
+    labels: Sequence[int],
+    seed: int,
 ) -> np.ndarray:
-    """Samples for every schedule and guidance.
+    """Samples for every schedule and guidance scale.
 
     Args:
-      run: `checkpoint.load_run`.
-      schedules_: tuples of step sizes.
-      guidance: strengths.
+      run: from `trained_network.load`.
+      schedules: step sizes, or a number of steps, of each row.
+      guidance: guidance scales w.
       labels: one for each sample of a cell.
       seed: of the noise, which is the same in every cell.
 
@@ -71,84 +68,103 @@ def sample_grid(
       [schedules, guidance, labels, H, W, C] float32, not clipped.
 
     Raises:
-      ValueError: a schedule or a strength that the network was not trained for.
+      ValueError: a schedule or guidance scale that the network was not trained for.
     """
-    objective = config_lib.make_objective(run.config, len(run.class_names))
-    config_lib.check_guidance(objective, guidance)
-    for steps in schedules_:
-        time_grid.check_schedule(steps, objective.base_steps)
-    sampler = experiment.make_sampler(
-        run.config, objective, run.apply, run.image_shape,
-        batch_size=min(run.config.sample.batch_size, len(labels)),
-    )  # fmt: skip
+    experiment = run.experiment()
+    objective = experiment.objective
+    config_check.check_guidance(objective, guidance)
+    schedules = [
+        config_check.check_schedule(schedule, objective.base_steps)
+        for schedule in schedules
+    ]
+    batch_size = min(run.config.sample.batch_size, len(labels))
+    sampler = experiment.make_sampler(batch_size)
 
-    def cell(steps, w):
+    def cell(schedule, w):
         batches = sampler.batches(
-            run.params, jax.random.key(seed), labels, guidance=w, schedule=steps
+            run.params, jax.random.key(seed), labels, guidance=w, schedule=schedule
         )
         return np.concatenate([np.asarray(images) for images, _ in batches])
 
-    return np.stack([[cell(s, w) for w in guidance] for s in schedules_])
+    return np.stack([[cell(s, w) for w in guidance] for s in schedules])
 
 
-def write_samples(out, images: np.ndarray, schedules_, guidance, labels, settings):
-    """Writes the pictures and the NPZ; `images` as of `sample_grid`."""
-    out = Path(out)
+def write_samples(
+    out: Path,
+    images: np.ndarray,
+    *,
+    schedules: Sequence[Sequence[float]],
+    guidance: Sequence[float],
+    labels: Sequence[int],
+    settings: dict,
+) -> None:
+    """Writes `samples.npz` and, unless the images are latents, the pictures.
+
+    Args:
+      out: folder to write to.
+      images: from `sample_grid`.
+      schedules, guidance, labels: see `sample_grid`.
+      settings: written to the NPZ and into the PNG files.
+    """
     images = pixels.to_uint8(images)
-    buffer = io.BytesIO()
-    np.savez(
-        buffer, images=images, labels=labels, guidance=guidance,
-        schedules=np.array([','.join(map(str, s)) for s in schedules_]),
+    files.write_npz(
+        out / 'samples.npz',
+        images=images,
+        labels=labels,
+        guidance=guidance,
+        schedules=np.array([','.join(map(str, s)) for s in schedules]),
         **{name: np.array(value) for name, value in settings.items()},
-    )  # fmt: skip
-    files.write_bytes(out / 'samples.npz', buffer.getvalue())
+    )
     if images.shape[-1] not in (1, 3):
-        return  # Latents: the numbers are all there is to see.
+        return
     columns = min(10, len(labels))
     scale = image_grid.readable_scale(images.shape[3])
-    numbers = [len(steps) for steps in schedules_]
-    for i, steps in enumerate(schedules_):
-        for j, w in enumerate(guidance):
+    for row, schedule in zip(images, schedules, strict=True):
+        for cell, w in zip(row, guidance, strict=True):
             image_grid.write_png(
-                out / f'steps_{len(steps)}_guidance_{w:g}.png',
-                image_grid.grid(images[i, j], columns, scale=scale),
-                settings | {'schedule': steps, 'guidance': w},
+                out / f'steps_{len(schedule)}_guidance_{w:g}.png',
+                image_grid.grid(cell, columns, scale=scale),
+                settings | {'schedule': schedule, 'guidance': w},
             )
     table = image_grid.steps_by_guidance_figure(
-        images, numbers, guidance, columns=min(5, columns), scale=scale
+        images,
+        [len(schedule) for schedule in schedules],
+        guidance,
+        columns=min(5, columns),
+        scale=scale,
     )
     image_grid.write_png(out / 'grid.png', table, settings)
 
 
-def run_flags():
-    """Does what the command line says."""
-    run = trained_network.load(FLAGS.workdir, FLAGS.step)
-    base_steps = config_lib.make_objective(run.config, 1).base_steps
+def run_flags() -> None:
+    """Runs the command."""
+    out = files.local_path(FLAGS.out, '--out')
+    workdir = files.local_path(FLAGS.workdir, '--workdir')
+    run = trained_network.load(workdir, FLAGS.step)
     if FLAGS.schedule:
-        chosen = [command_line.parse_numbers(FLAGS.schedule, float)]
+        given = [command_line.parse_numbers(FLAGS.schedule, float)]
     else:
-        chosen = [
-            time_grid.dyadic_schedule(n, base_steps)
-            for n in command_line.parse_numbers(FLAGS.steps, int)
-        ]
-    guidance = command_line.parse_numbers(FLAGS.guidance, float)
-    labels = parse_labels(FLAGS.labels, len(run.class_names))
-    images = sample_grid(
-        run, schedules_=chosen, guidance=guidance, labels=labels, seed=FLAGS.seed
+        given = command_line.parse_numbers(FLAGS.steps, int)
+    base_steps = run.experiment().objective.base_steps
+    cells = dict(
+        schedules=[config_check.check_schedule(s, base_steps) for s in given],
+        guidance=command_line.parse_numbers(FLAGS.guidance, float),
+        labels=parse_labels(FLAGS.labels, len(run.class_names)),
     )
+    images = sample_grid(run, **cells, seed=FLAGS.seed)
     settings = {'seed': FLAGS.seed, 'trained_steps': run.step, 'workdir': FLAGS.workdir}
-    write_samples(FLAGS.out, images, chosen, guidance, labels, settings)
-    print(f'wrote {images[..., 0, 0, 0].size} samples to {FLAGS.out}/')
+    write_samples(out, images, **cells, settings=settings)
+    print(f'wrote {images[..., 0, 0, 0].size} samples to {out}/')
 
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-    flags.DEFINE_integer('step', None, 'Checkpoint; the latest if not given.')
+    flags.DEFINE_integer('step', None, 'Checkpoint; the latest by default.')
     flags.DEFINE_string('steps', '1,2,4,8,128', 'Numbers of sampling steps.')
-    flags.DEFINE_string('schedule', '', 'Explicit step sizes, instead of --steps.')
-    flags.DEFINE_string('guidance', '0,1,2.5', 'Guidance strengths w.')
-    flags.DEFINE_string('labels', '0-9', "Such as 0-4,7; 'null' for no class.")
+    flags.DEFINE_string('schedule', '', 'Step sizes, instead of --steps.')
+    flags.DEFINE_string('guidance', '0,1,2.5', 'Guidance scales w.')
+    flags.DEFINE_string('labels', '0-9', "Such as 0-4,7; 'null' for the null label.")
     flags.DEFINE_integer('seed', 0, 'Of the noise.')
     flags.DEFINE_string('out', 'samples', 'Folder to write to.')
-    app.run(command_line.main(run_flags))
+    command_line.run(run_flags)

@@ -1,31 +1,29 @@
-"""A trained network: from a run or an exported folder."""
+"""Trained networks from disk: to sample from, or to start a training from."""
 
-import json
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 import warnings
 
 import jax
 import ml_collections
-import orbax.checkpoint as ocp
 
 from ism_jax import config as config_lib
-from ism_jax import experiment
+from ism_jax import config_check
+from ism_jax.experiment import Experiment, make_model
 from ism_jax.interchange import exported_network
 from ism_jax.models import sit
-from ism_jax.runtime import checksums, sharding
-from ism_jax.training import checkpoint
+from ism_jax.runtime import checksums, files, sharding
+from ism_jax.training import checkpoint, train_state
 
 
 class TrainedNetwork(NamedTuple):
-    """A trained run, as sampling needs it.
+    """A trained network, as sampling needs it.
 
     Attributes:
       config: of the run.
       model: the network.
-      params: the slow average, `infer`.
-      step: how many steps it was trained.
+      params: of the inference EMA, on all devices of this process.
+      step: training steps.
       class_names: of the labels.
       image_shape: (H, W, C).
     """
@@ -37,12 +35,18 @@ class TrainedNetwork(NamedTuple):
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
 
-    def apply(self, params, x, t, d, w, label):
-        return experiment.apply_model(self.model, params, x, t, d, w, label)
+    def experiment(self) -> Experiment:
+        """The parts of the run, on all devices of this process; opens no data."""
+        return Experiment(
+            self.config,
+            mesh=sharding.local_mesh(),
+            num_classes=len(self.class_names),
+            image_shape=self.image_shape,
+        )
 
 
 def load(workdir: str | os.PathLike, step: int | None = None) -> TrainedNetwork:
-    """Loads what is needed to sample from a run: its slow average and its config.
+    """Loads what sampling needs from a run: its inference EMA and its config.
 
     Args:
       workdir: folder of the run, or of a network that `ism_jax.convert` wrote.
@@ -51,40 +55,59 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> TrainedNetwork:
     Raises:
       ValueError: there is no run, or no such checkpoint.
     """
-    path = Path(workdir) / 'run.json'
-    if not path.exists():
+    workdir = files.local_path(workdir, '--workdir')
+    content = checkpoint.read_run(workdir)
+    if content is None:
         if exported_network.exists(workdir):
-            return _load_portable(workdir, step)
+            return _load_exported(workdir, step)
         raise ValueError(
             f'{workdir} holds no run (no run.json); give the --workdir of '
             'ism_jax.train, or a folder that ism_jax.convert wrote'
         )
-    content = json.loads(path.read_text())
-    config = config_lib.from_json(json.dumps(content['config']))
-    model = experiment.make_model(config, len(content['class_names']))
+    config = config_lib.from_dict(content['config'])
+    model = make_model(config, len(content['class_names']))
     shape = tuple(content['image_shape'])
     step = _undamaged_step(workdir, step)
-    with ocp.CheckpointManager(checkpoint.checkpoint_folder(workdir)) as manager:
-        place = sharding.replicated(sharding.local_mesh())
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            sit.abstract_params(model, shape),
-        )
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(infer=ocp.args.StandardRestore(abstract)),
-        )
+    params = checkpoint.restore_trees(
+        workdir, step, {'infer': _abstract_params(model, shape)}
+    )['infer']
     return TrainedNetwork(
-        config, model, restored['infer'], step, tuple(content['class_names']), shape
+        config, model, params, step, tuple(content['class_names']), shape
+    )
+
+
+def load_parameter_sets(workdir, network: TrainedNetwork) -> dict[str, Any]:
+    """Online parameters and EMAs of a run's checkpoint: {'online', 'target', 'infer'}.
+
+    Without twin EMA 'target' is missing: the inference EMA makes the targets.
+
+    Raises:
+      ValueError: a folder that holds the inference EMA alone.
+    """
+    if not checkpoint.saved_steps(workdir):
+        raise ValueError(
+            f'{workdir} is an exported network, without online parameters and target '
+            'EMA; give the --workdir of the run that it was exported from'
+        )
+    abstract = _abstract_params(network.model, network.image_shape)
+    names = ('params', 'target') if network.config.ema.twin else ('params',)
+    trees = checkpoint.restore_trees(
+        workdir, network.step, {name: abstract for name in names}
+    )
+    return {'online': trees.pop('params'), **trees, 'infer': network.params}
+
+
+def _abstract_params(model, image_shape):
+    """Shapes of the parameters, on all devices of this process."""
+    replicated = sharding.replicated(sharding.local_mesh())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        sit.abstract_params(model, image_shape),
     )
 
 
 def _undamaged_step(workdir, step: int | None) -> int:
-    """The step that was asked for, or the latest of which `infer` is as it was written.
-
-    Raises:
-      ValueError: there is none.
-    """
+    """The given step, or the latest one whose inference EMA is as it was written."""
     steps = checkpoint.saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
         raise ValueError(
@@ -98,13 +121,13 @@ def _undamaged_step(workdir, step: int | None) -> int:
         problems = checksums.problems(folder, 'infer')
         if not problems:
             return candidate
-        told = f'checkpoint {candidate} of {workdir} is damaged ({problems[0]})'
+        damage = f'checkpoint {candidate} of {workdir} is damaged ({problems[0]})'
         if step is None:
-            warnings.warn(f'{told}; trying the one before', stacklevel=3)
-    raise ValueError(f'{told}; it has {steps}: choose another one, or train again')
+            warnings.warn(f'{damage}; trying the one before', stacklevel=3)
+    raise ValueError(f'{damage}; it has {steps}: choose another one, or train again')
 
 
-def _load_portable(folder, step: int | None) -> TrainedNetwork:
+def _load_exported(folder, step: int | None) -> TrainedNetwork:
     network = exported_network.read(folder)
     if step not in (None, network.step):
         raise ValueError(
@@ -114,12 +137,66 @@ def _load_portable(folder, step: int | None) -> TrainedNetwork:
     if network.predicts != 'velocity':
         raise ValueError(
             f'{folder} holds a network that predicts {network.predicts}, not a '
-            f'velocity ({network.origin}); it is a start for training, with '
+            f'velocity ({network.origin}); it can only start a training, with '
             f'--config.train.init_from={folder}'
         )
-    place = sharding.replicated(sharding.local_mesh())
-    params = jax.device_put(exported_network.initialised(network), place)
+    config = config_lib.from_dict(network.config)
+    model = exported_model(network)
+    exported_network.check_params(network, model, folder)
+    replicated = sharding.replicated(sharding.local_mesh())
+    params = jax.device_put(exported_network.initialised(network, model), replicated)
     return TrainedNetwork(
-        network.config, network.model(), params, network.step, network.class_names,
-        network.image_shape,
-    )  # fmt: skip
+        config, model, params, network.step, network.class_names, network.image_shape
+    )
+
+
+def exported_model(network: exported_network.ExportedNetwork) -> sit.SiT:
+    """The model that the config of an exported network describes."""
+    config = config_lib.from_dict(network.config)
+    return make_model(config, len(network.class_names))
+
+
+def check_resume(config, workdir) -> list[str]:
+    """Lines 'field: old -> new' of what changed since the run was started.
+
+    Raises:
+      ValueError: a changed field that would make it another run.
+    """
+    content = checkpoint.read_run(workdir)
+    if content is None or not checkpoint.saved_steps(workdir):
+        return []  # Nothing that another config could spoil.
+    old = config_lib.from_dict(content['config'])
+    changes = config_check.check_resume(old, config, workdir)
+    return [f'changed since the run was started: {line}' for line in changes]
+
+
+def initial_state(experiment: Experiment, workdir):
+    """A fresh train state, from `train.init_from` where a new run names one.
+
+    Args:
+      experiment: of the run.
+      workdir: of the run; a run with checkpoints ignores `train.init_from`.
+
+    Returns:
+      The state, its shardings, and lines that say what it starts from.
+
+    Raises:
+      ValueError: a network that this one cannot start from, naming what differs.
+    """
+    folder = experiment.config.train.init_from
+    if not folder or checkpoint.saved_steps(workdir):
+        return *experiment.init_state(), []
+    network = exported_network.read(folder)
+    old_model = exported_model(network)
+    exported_network.check_params(network, old_model, folder)
+    class_names = experiment.source.class_names
+    start = exported_network.with_classes(network, class_names)
+    exported_network.check_start(
+        start, old_model, experiment.model, experiment.image_shape, folder
+    )
+    state, shardings = experiment.init_state()
+    state = train_state.start_from(state, start.params, shardings)
+    line = f'starting from {folder}: {start.origin}, which predicts {start.predicts}'
+    if len(network.class_names) != len(class_names):
+        line += f'; its {len(network.class_names)} class embeddings are not used'
+    return state, shardings, [line]

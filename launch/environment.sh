@@ -1,7 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: creates or reuses .venv and installs what
-# requirements.txt lists, for the accelerator if there is one. PYTHON=python3.12 chooses
-# the interpreter of a new .venv.
+# Source this file: it creates or reuses .venv and installs requirements.txt, with JAX for
+# the accelerator if there is one. PYTHON=python3.12 chooses the interpreter of a new .venv.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -16,14 +15,14 @@ if [ ! -x .venv/bin/python ]; then
     done
   fi
   if [ -z "$python" ]; then
-    echo "error: no Python of at least 3.11 is on the PATH; install one or set PYTHON" >&2
+    echo "error: no Python 3.11 or newer on the PATH; install one or set PYTHON" >&2
     exit 2
   fi
   echo "environment: creating .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
 
-# The list that was installed last is kept, so that a second run starts at once.
+# A copy of the installed list: if it has not changed, the next run starts at once.
 if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
   echo "environment: installing requirements.txt into .venv (a minute or two)"
   bash launch/install.sh .venv/bin/python

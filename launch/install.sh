@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Installs what requirements.txt lists, with the JAX of this machine's accelerator:
+# Installs requirements.txt, with JAX for this machine's accelerator, and other packages:
 #   bash launch/install.sh PYTHON [PACKAGE...]
-# and other packages besides. PRINT=1 prints the list, and installs nothing.
+# PRINT=1 prints the list and installs nothing.
 set -euo pipefail
 python="$1"
 shift
 
 jax=jax
 if driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null)"; then
-  # CUDA 13 needs a driver of at least 580.
+  # CUDA 13 needs driver 580 or newer.
   if [ "${driver%%.*}" -ge 580 ]; then jax='jax[cuda13]'; else jax='jax[cuda12]'; fi
 elif compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
   jax='jax[tpu]'
 fi
 edits=(-e "s/^jax>/$jax>/")
-# One TensorFlow is enough, such as Colab's own.
+# Keep a TensorFlow that is installed already, such as Colab's.
 if "$python" -c 'import importlib.metadata as m; m.version("tensorflow")' 2>/dev/null; then
   edits+=(-e '/^tensorflow-cpu/d')
 fi

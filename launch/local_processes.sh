@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# N processes on this machine that work as one, to try what a cluster does:
+# Runs a command in N processes on this machine, to test what a cluster does:
 #
 #   bash launch/local_processes.sh 2 ism_jax.train --config configs/quickstart.py
 #
-# Process 0 writes to the terminal, the others below logs/ (LOGS=... elsewhere). Ctrl-C
-# and SIGTERM go to all, which save and end; when one fails, so do the others. Exits with
-# the code of the lowest of them that did. PYTHON and PORT choose those.
+# Process 0 writes to the terminal, the others to logs/ (LOGS=... chooses another folder).
+# Ctrl-C and SIGTERM reach all processes, which save and exit. If one fails, all stop, and
+# the exit code is that of the first failed process in their order. PYTHON chooses the
+# interpreter, PORT the coordinator's port.
 set -uo pipefail
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
-  echo "usage: $0 N MODULE [FLAG ...], such as $0 2 ism_jax.train --config ..." >&2
+  echo "usage: $0 N MODULE [FLAG ...], for example $0 2 ism_jax.train --config ..." >&2
   exit 2
 fi
 count="$1" module="$2" logs="${LOGS:-logs}"
@@ -22,7 +23,7 @@ for ((i = 0; i < count; i++)); do
     --num_processes "$count" --process_id "$i" >"$out" 2>&1 &
   children+=($!)
 done
-# One is enough: the process tells the others.
+# Process 0 passes the signal on to the others.
 trap 'kill -TERM "${children[0]}" 2>/dev/null' TERM INT
 code=0
 for child in "${children[@]}"; do

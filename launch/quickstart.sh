@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up the environment and trains the demonstration: about ten minutes on two cores.
-# Flags are passed on, such as --config.train.steps=500 or --workdir=runs/other.
+# Takes flags of ism_jax.train, such as --config.train.steps=500 or --workdir=runs/other.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 echo "training: python -m ism_jax.train --config configs/quickstart.py $*"

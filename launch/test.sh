@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests, two files at a time. With arguments, which
-# are passed on to pytest, one after the other: tests/models/test_sit.py, or -m slow for the
-# long ones. PARITY=1 installs tests/requirements.txt too: the originals that some
-# networks are compared with, and what the notebook and the page need; without it their
-# tests are skipped.
+# Sets up the environment and runs the tests, two files at a time:
+#
+#   bash launch/test.sh                                # all, without the long ones
+#   bash launch/test.sh tests/models/test_sit.py       # one file; any arguments of pytest
+#   bash launch/test.sh -m slow                        # the long ones
+#   PARITY=1 bash launch/test.sh                       # all, with tests/requirements.txt
+#
+# Tests mirror the package: tests/models/ is for ism_jax/models/. tests/requirements.txt
+# has the original networks that ours are compared with, and what the notebook and the web
+# page need; without it those tests are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 if [ -n "${PARITY:-}" ] &&
@@ -11,7 +16,7 @@ if [ -n "${PARITY:-}" ] &&
   echo "environment: installing tests/requirements.txt into .venv"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     -r tests/requirements.txt
-  # By itself: it asks for torchvision, which would bring another PyTorch.
+  # Without its dependencies: torchvision would install another PyTorch.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --no-deps 'torch-fidelity>=0.4,<0.5'
   cp tests/requirements.txt .venv/installed-tests-requirements.txt

@@ -2,19 +2,21 @@
 # Trains on a Cloud TPU slice, one process on each of its machines:
 #
 #   NAME=ism ZONE=us-central2-b TYPE=v4-32 REPOSITORY=https://... SHARE=10.0.0.2:/share \
-#     bash launch/tpu_pod.sh --config configs/imagenet256_ism_xl2.py --workdir runs/a
+#     bash launch/tpu_pod.sh --config configs/imagenet256_ism_xl2.py --workdir /mnt/share/a
 #
-# Makes the slice if it is not there, sets it up, trains. SPOT=1 asks for a preemptible
-# one: when it is taken away the run saves, and this script makes a new slice and goes
-# on. The slice stays when the run is over; the last line says how to delete it.
+# Creates the slice if it does not exist, sets it up and trains. SPOT=1 requests a
+# preemptible slice: when it is preempted the run saves, and this script creates a new slice
+# and resumes the run. The slice remains after the run; the last line of output is the
+# command that deletes it.
 #
-# Needs gcloud, logged in, with the project set; REPOSITORY, which the machines clone;
-# SHARE, a file server that all of them mount at /mnt/share (a Filestore instance, say):
-# give --workdir and data there. VERSION is the slice's software.
+# Needs gcloud, logged in, with the project set; REPOSITORY, which the machines clone; and
+# SHARE, a file server (for example Filestore) that all of them mount at /mnt/share, where
+# --workdir and the data should be. VERSION is the software version of the slice.
 set -euo pipefail
-: "${NAME:?such as NAME=ism}" "${ZONE:?such as ZONE=us-central2-b}"
-: "${TYPE:?such as TYPE=v4-32}" "${REPOSITORY:?address of a git repository}"
-: "${SHARE:?SERVER:/FOLDER, mounted at /mnt/share}"
+: "${NAME:?set it, such as NAME=ism}" "${ZONE:?set it, such as ZONE=us-central2-b}"
+: "${TYPE:?set it, such as TYPE=v4-32}"
+: "${REPOSITORY:?set it to the address of a git repository}"
+: "${SHARE:?set it to SERVER:/FOLDER, mounted at /mnt/share}"
 VERSION="${VERSION:-tpu-ubuntu2204-base}"
 tpu=(gcloud compute tpus tpu-vm)
 
@@ -37,7 +39,7 @@ while true; do
       "${tpu[@]}" delete "$NAME" --zone "$ZONE" --quiet
       continue
       ;;
-    *) sleep 30 && continue ;; # On its way up or down.
+    *) sleep 30 && continue ;; # Starting or stopping.
   esac
   on_all "set -e
     mountpoint -q /mnt/share || {
@@ -47,17 +49,17 @@ while true; do
     [ -d ism_jax ] || git clone --quiet $REPOSITORY ism_jax
     cd ism_jax && rm -f exit_code && source launch/environment.sh
     .venv/bin/python -m pip install --quiet 'jax[tpu]'" || { sleep 30 && continue; }
-  # Who they are is in the machines' metadata.
+  # The processes find each other through the machines' metadata.
   on_all "cd ism_jax
     .venv/bin/python -m ism_jax.train --distributed=on $flags
     echo \$? >exit_code" || true
   code="$("${tpu[@]}" ssh "$NAME" --zone "$ZONE" --worker=0 \
     --command 'cat ism_jax/exit_code')" || code=gone
-  # 75: asked to stop, and saved.
+  # 75: stopped by a signal, with a checkpoint.
   case "$code" in
     75 | gone) sleep 60 ;;
     *) break ;;
   esac
 done
-echo "the slice is still there: gcloud compute tpus tpu-vm delete $NAME --zone $ZONE"
+echo "the slice still exists; delete it with: gcloud compute tpus tpu-vm delete $NAME --zone $ZONE"
 exit "$code"

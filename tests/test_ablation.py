@@ -1,10 +1,13 @@
-"""The ladder: what a recipe is, how runs are made, chosen and summed up."""
+"""Recipes, their runs and their scores."""
 
+from concurrent import futures
 import json
 import math
+import os
 from pathlib import Path
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 
 from ism_jax import ablation
@@ -16,12 +19,16 @@ CONFIG = str(ROOT / 'configs' / 'ablation.py')
 
 @pytest.fixture(scope='module')
 def module():
-    return ablation.load_config_file(CONFIG)
+    return ablation.load_config_file(Path(CONFIG))
 
 
 def _changed(first, second):
-    allowed, refused = config_lib.differences(first, second)
-    return {line.split(':')[0] for line in allowed + refused}
+    first, second = config_lib.flatten(first), config_lib.flatten(second)
+    return {
+        name
+        for name in first.keys() | second.keys()
+        if first.get(name) != second.get(name)
+    }
 
 
 @pytest.mark.parametrize(
@@ -37,12 +44,12 @@ def _changed(first, second):
         ('ism', 'ism-interval', {'objective.guidance_interval'}),
     ],
 )
-def test_a_rung_changes_its_part_and_nothing_else(module, before, after, fields):
+def test_a_rung_changes_only_its_part(module, before, after, fields):
     configs = [ablation.resolve(module, r, (), 0) for r in (before, after)]
     assert _changed(*configs) == fields
 
 
-def test_sm_and_the_systems(module):
+def test_systems_share_data_and_budget(module):
     sm = ablation.resolve(module, 'sm', (), 0)
     first = ablation.resolve(module, '+intrinsic_guidance', (), 0)
     assert sm.objective.name == 'shortcut' and first.objective.name == 'ism'
@@ -62,15 +69,19 @@ def test_sm_and_the_systems(module):
             assert config[section] == sm[section]
         assert config.sample.steps == sm.sample.steps == (1, 2, 4, 8, 128)
     assert set(module.RECIPES) == {
-        *config_lib.RUNGS, *config_lib.REMOVALS, *module.SYSTEMS,
-    }  # fmt: skip
+        *config_lib.RUNGS,
+        *config_lib.REMOVALS,
+        *module.SYSTEMS,
+    }
 
 
-def test_fields_of_a_recipe(module):
+def test_a_recipe_changes_fields(module):
     config = ablation.resolve(
-        module, 'ism/transport.epsilon=0.5/objective.midpoint=online', ['train.steps=7',
-        'objective.batch_split=(4,2,2)', 'optimizer.warmup_steps=0'], 3,
-    )  # fmt: skip
+        module,
+        'ism/transport.epsilon=0.5/objective.midpoint=online',
+        ['train.steps=7', 'objective.batch_split=(4,2,2)', 'optimizer.warmup_steps=0'],
+        3,
+    )
     assert config.transport.epsilon == 0.5 and config.objective.midpoint == 'online'
     assert config.train.steps == 7 and config.objective.batch_split == (4, 2, 2)
     assert config.seed == 3
@@ -80,7 +91,7 @@ def test_fields_of_a_recipe(module):
     'recipe,message',
     [
         ('sot', "recipe 'sot' is not one of sm, "),
-        ('ism/transport.epsilom=1', 'one of transport.epsilon'),
+        ('ism/transport.epsilom=1', 'did you mean transport.epsilon'),
         ('ism/transport.epsilon', 'write field=value'),
         ('ism/transport.epsilon=small', "epsilon = 'small' must be a float"),
         ('ism/train.steps=1.5', "train.steps = '1.5' must be a int"),
@@ -93,56 +104,61 @@ def test_bad_recipes_are_refused(module, recipe, message):
 
 
 class FakeScorer:
-    """FD by (steps, guidance); keeps what it was asked."""
+    """FD by (steps, guidance); records its calls."""
 
     def __init__(self, distances):
-        self.distances, self.asked = distances, []
+        self.distances, self.calls = distances, []
 
     def __call__(self, params, *, steps, guidance, samples, noise_seed):
-        self.asked.append((steps, guidance, noise_seed))
+        self.calls.append((steps, guidance, noise_seed))
         fd = self.distances[steps, guidance]
         return {'steps': steps, 'guidance': guidance, 'fd': fd, 'samples': samples}
 
 
 def test_guidance_is_chosen_on_other_noise():
-    scorer = FakeScorer({
-        (1, 0.0): 9.0, (1, 1.0): 5.0, (8, 0.0): 3.0, (8, 1.0): math.nan,
-        (128, 0.0): 2.0, (128, 1.0): 1.0,
-    })  # fmt: skip
+    scorer = FakeScorer(
+        {
+            (1, 0.0): 9.0,
+            (1, 1.0): 5.0,
+            (8, 0.0): 3.0,
+            (8, 1.0): math.nan,
+            (128, 0.0): 2.0,
+            (128, 1.0): 1.0,
+        }
+    )
     records = ablation.score(
         scorer, None, steps=(1, 8, 128), guidance=(0.0, 1.0), samples=10, seed=4
     )
-    # 128 steps take the choice of 8, where NaN has lost.
+    # 128 steps use the choice of 8, which excludes NaN.
     assert [(r['steps'], r['guidance']) for r in records] == [(1, 1), (8, 0), (128, 0)]
-    scored = [ask for ask in scorer.asked if ask[2] == 4]
-    choosing = [ask for ask in scorer.asked if ask[2] != 4]
-    assert [ask[0] for ask in scored] == [1, 8, 128]
-    assert len(choosing) == 4 and {ask[0] for ask in choosing} == {1, 8}
+    scored = [call for call in scorer.calls if call[2] == 4]
+    choosing = [call for call in scorer.calls if call[2] != 4]
+    assert [call[0] for call in scored] == [1, 8, 128]
+    assert len(choosing) == 4 and {call[0] for call in choosing} == {1, 8}
     assert records[0]['chosen_from'] == {'0': 9.0, '1': 5.0}
     single = FakeScorer({(1, 0.5): 2.0})
     ablation.score(single, None, steps=(1,), guidance=(0.5,), samples=10, seed=0)
-    assert single.asked == [(1, 0.5, 0)]  # Nothing to choose.
+    assert single.calls == [(1, 0.5, 0)]  # Nothing to choose.
 
 
 def _records():
     return [
-        {'recipe': recipe, 'seed': seed, 'steps': steps, 'guidance': 0.0,
-         'fd': base + seed + steps, 'accuracy': 0.5, 'train_minutes': 2.0}
+        {
+            'recipe': recipe,
+            'seed': seed,
+            'steps': steps,
+            'guidance': 0.0,
+            'fd': base + seed + steps,
+            'accuracy': 0.5,
+            'train_minutes': 2.0,
+        }
         for recipe, base in (('sm', 20.0), ('ism', 10.0), ('flow_matching', 30.0))
         for seed in (0, 1, 2)
         for steps in (1, 4)
-    ]  # fmt: skip
+    ]
 
 
-def test_means_and_standard_errors():
-    cells = ablation.summarize(_records(), 'fd')
-    mean, error, count = cells['sm', 4]
-    assert (mean, count) == (25.0, 3)
-    np.testing.assert_allclose(error, 1 / math.sqrt(3))
-    assert math.isnan(ablation.summarize(_records()[:1], 'fd')['sm', 1][1])
-
-
-def test_table_and_plot(module, tmp_path):
+def test_the_summary_is_written_beside_the_records(module, tmp_path):
     table = ablation.write_summary(_records(), module, tmp_path / 'ladder.json')
     lines = table.splitlines()
     assert [line.split('`')[1] for line in lines[2:]] == ['sm', 'ism', 'flow_matching']
@@ -161,6 +177,44 @@ def test_only_rungs_and_systems_are_plotted(module, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['choices.md']
 
 
+def test_config_files_without_recipes_are_refused(tmp_path):
+    (tmp_path / 'other.py').write_text('')
+    for name in ('other.py', 'missing.py'):
+        with pytest.raises(ValueError, match=f'{name} is not a Python file with REC'):
+            ablation.load_config_file(tmp_path / name)
+
+
+def test_records_of_another_config_do_not_count_as_finished(tmp_path):
+    run = ('sm', 0)
+    folder = ablation.run_folder(tmp_path, run)
+    ablation.prepare_folder(folder, 'old')
+    (folder / 'records.json').write_text('[{"fd": 1}]')
+    assert ablation.finished_records(tmp_path, run, 'old') == [{'fd': 1}]
+    assert ablation.finished_records(tmp_path, run, 'new') is None
+    ablation.prepare_folder(folder, 'new')
+    assert ablation.finished_records(tmp_path, run, 'new') is None
+
+
+@pytest.mark.skipif(
+    not hasattr(os, 'sched_getaffinity') or len(os.sched_getaffinity(0)) < 2,
+    reason='needs two CPU cores that a process can choose',
+)
+def test_parallel_runs_have_cores_of_their_own():
+    code = 'import os, time; print(*os.sched_getaffinity(0)); time.sleep(0.5)'
+
+    def cores(_):
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True)
+        return {int(core) for core in out.stdout.split()}
+
+    every = os.sched_getaffinity(0)
+    with futures.ThreadPoolExecutor(
+        2, initializer=ablation.pin_thread, initargs=(iter(range(2)), 2)
+    ) as pool:
+        first, second = pool.map(cores, range(2))
+    assert first and second and not first & second and first | second == every
+    assert os.sched_getaffinity(0) == every
+
+
 TINY = f"""
 import importlib.util
 spec = importlib.util.spec_from_file_location('ablation', {CONFIG!r})
@@ -177,17 +231,23 @@ def get_config(arg=''):
 """
 
 
-def test_runs_resume_and_failures_do_not_end_the_others(tmp_path):
+def test_finished_runs_are_kept_and_failures_are_reported(tmp_path):
     config = tmp_path / 'tiny.py'
     config.write_text(TINY)
     lines = []
 
     def run_all(recipes):
         return ablation.run_all(
-            ablation.load_config_file(config), str(config), recipes=recipes, seeds=[0],
-            changes=['train.max_skipped_in_row=1'], workdir=tmp_path / 'runs',
-            out=tmp_path / 'out.json', parallel=2, show=lines.append,
-        )  # fmt: skip
+            ablation.load_config_file(config),
+            config,
+            recipes=recipes,
+            seeds=[0],
+            changes=['train.max_skipped_in_row=1'],
+            workdir=tmp_path / 'runs',
+            out=tmp_path / 'out.json',
+            parallel=2,
+            log=lines.append,
+        )
 
     diverges = 'ism/optimizer.learning_rate=1e38'
     failures = run_all([diverges, 'sm'])
@@ -195,12 +255,22 @@ def test_runs_resume_and_failures_do_not_end_the_others(tmp_path):
     assert 'not finite' in failures[f'{diverges}, seed 0']
     records = json.loads((tmp_path / 'out.json').read_text())
     assert [(r['recipe'], r['steps']) for r in records] == [('sm', 1), ('sm', 2)]
-    wanted = {'recipe', 'seed', 'steps', 'guidance', 'fd', 'accuracy', 'command',
-              'hardware', 'commit'}  # fmt: skip
+    wanted = {
+        'recipe',
+        'seed',
+        'steps',
+        'guidance',
+        'fd',
+        'accuracy',
+        'command',
+        'hardware',
+        'commit',
+    }
     assert wanted <= records[0].keys()
     assert records[0]['guidance'] == 0.5  # Part of SM's training.
+    assert records[0]['trained_steps'] == 20 and records[0]['train_minutes'] > 0
 
-    # What is finished is not run again; the record of it stays.
+    # Finished runs do not run again, and their records stay.
     before = (tmp_path / 'runs' / 'sm_seed0' / 'log.txt').stat().st_mtime
     assert not run_all(['sm'])
     assert '1 of 1 runs are finished' in lines

@@ -1,4 +1,4 @@
-"""Benchmarks: what they report, not how fast anything is."""
+"""What benchmarks report, not how fast anything is."""
 
 import importlib.util
 from pathlib import Path
@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from ism_jax import benchmark, cost
-from ism_jax import config as config_lib
+from ism_jax import benchmark, config_check, cost
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,29 +34,38 @@ def test_candidates_take_turns_and_the_first_calls_do_not_count():
     assert len(seconds['slow']) == 3 and min(seconds['slow']) >= 0.01
 
 
-def test_a_training_is_measured_whole_and_in_parts():
+def test_a_train_step_and_its_parts_are_timed():
     config = _config('runlocal')
     config.sample.steps = (1,)
     measured = benchmark.measure(config, 2, ['ema.twin=False'])
     rows = {row['name']: row for row in measured['rows']}
     assert list(rows)[:3] == [
-        'train step', 'train step, ema.twin=False', 'flow matching step'
-    ]  # fmt: skip
+        'train step',
+        'train step, ema.twin=False',
+        'flow matching step',
+    ]
     parts = (
-        'gradient of the loss', 'gradient of flow matching', 'optimizer', 'averages',
-        'distance and its gradient', 'transport of a pool', 'matrix product',
-        'input of a pool, waited for', 'input of a pool, made', '50 samples, 1 step',
-    )  # fmt: skip
+        'gradient of the loss',
+        'gradient of flow matching',
+        'optimizer',
+        'EMA updates',
+        'distance and its gradient',
+        'transport of a pool',
+        'matrix product',
+        'input of a pool, prefetched',
+        'input of a pool, not prefetched',
+        '50 samples, 1 step',
+    )
     assert set(parts) <= rows.keys()
     assert rows['train step']['ratio'] == 1 and rows['train step']['spread'] == 0
     assert all(rows[name]['milliseconds'] > 0 for name in parts)
-    made = cost.make_plan(config, 8, 10)
-    assert measured['flops_per_step'] == made.flops_per_step
+    plan = cost.make_plan(config, 8, 10)
+    assert measured['flops_per_step'] == plan.flops_per_step
     assert 0 < measured['utilisation'] < 1 and measured['compile_seconds'] > 0
-    held = sum(made.bytes_per_device.values())
-    assert 0.5 * held < measured['bytes_per_device'] < 5 * held
-    shown = benchmark.format_measured(measured)
-    assert 'transport of a pool, per step' in shown and 'TFLOP/s' in shown
+    planned = sum(plan.bytes_per_device.values())
+    assert 0.5 * planned < measured['bytes_per_device'] < 5 * planned
+    text = benchmark.format_measured(measured)
+    assert 'transport of a pool, per step' in text and 'TFLOP/s' in text
 
 
 @pytest.mark.parametrize(
@@ -69,16 +77,19 @@ def test_a_training_is_measured_whole_and_in_parts():
         ('model.num_heads=7', 'model.num_heads = 7 does not divide'),
     ],
 )
-def test_changes_that_cannot_be_compared_are_refused(change, message):
+def test_changes_of_the_data_are_refused(change, message):
     config = _config('runlocal')
-    config_lib.validate(config)
+    config_check.validate(config)
     with pytest.raises(ValueError, match=message):
         benchmark.changed(config, change)
 
 
-def test_something_must_be_asked_for():
+def test_a_config_or_networks_is_required():
     done = subprocess.run(
-        [sys.executable, '-m', 'ism_jax.benchmark'], capture_output=True, text=True,
-        cwd=ROOT, timeout=120,
-    )  # fmt: skip
+        [sys.executable, '-m', 'ism_jax.benchmark'],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert done.returncode == 2 and 'give --config' in done.stderr

@@ -12,10 +12,7 @@ import pytest
 
 from ism_jax import config as config_lib
 from ism_jax import cost, experiment
-from ism_jax.data import sources
 from ism_jax.models import sit
-from ism_jax.runtime import sharding
-from ism_jax.training import paired_pool, train_state
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('imagenet*_xl2.py'))
@@ -64,9 +61,8 @@ def test_sit_costs_what_its_authors_say():
     params = sit.abstract_params(model, (32, 32, 4))
     x, one = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1)
     found = cost.count_flops(
-        functools.partial(experiment.apply_model, model), params, x, one, one, one,
-        jnp.zeros(1, jnp.int32),
-    )  # fmt: skip
+        model.apply, {'params': params}, x, one, one, one, jnp.zeros(1, jnp.int32)
+    )
     assert found / 2e9 == pytest.approx(118.64, rel=0.01)
 
 
@@ -78,10 +74,11 @@ def test_counts_are_those_of_xla():
     shape = (32, 32, 1)
     params = sit.init_params(model, shape, jax.random.key(0))
     x, t = jnp.zeros((4, *shape)), jnp.zeros(4)
-    args = params, x, t, t, t, jnp.zeros(4, jnp.int32)
-    apply = functools.partial(experiment.apply_model, model)
-    analysis = jax.jit(apply).lower(*args).compile().cost_analysis()
-    assert cost.count_flops(apply, *args) == pytest.approx(analysis['flops'], rel=0.05)
+    args = {'params': params}, x, t, t, t, jnp.zeros(4, jnp.int32)
+    analysis = jax.jit(model.apply).lower(*args).compile().cost_analysis()
+    assert cost.count_flops(model.apply, *args) == pytest.approx(
+        analysis['flops'], rel=0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,27 +97,12 @@ def test_bytes_of_the_state_are_what_xla_reports(data, fsdp):
     config = _get_config('quickstart', 'runlocal')
     config.model.update(hidden_size=64, depth=3)
     config.mesh.update(data=data, fsdp=fsdp)
-    source = sources.make_source(
-        config.data.source, **config_lib.source_options(config)
-    )
-    mesh = sharding.make_mesh(data, fsdp)
-    state, shardings = train_state.create(
-        lambda: sit.init_params(
-            experiment.make_model(config, 10), source.image_shape, jax.random.key(0)
-        ),
-        experiment.make_optimizer(config),
-        mesh,
-        twin_ema=config.ema.twin,
-    )
-    loader = experiment.make_loader(
-        config, source, batches=experiment.pool_batches(config)
-    )
-    key = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
-    pool, _ = paired_pool.next_pool(
-        loader, experiment.make_coupling(config, mesh, 10), mesh, key
-    )
+    parts = experiment.Experiment(config)
+    state, shardings = parts.init_state()
+    loader = parts.make_loader()
+    pool, _ = parts.next_pool(loader)
     loader.close()
-    step = experiment.compiled_step(config, source, mesh, shardings)
+    step, key = parts.compile_train_step(shardings), parts.seed_key
     memory = step.lower(state, pool, key).compile().memory_analysis()
     made = cost.make_plan(config, 8, 10)
     sizes = made.bytes_per_device

@@ -1,4 +1,4 @@
-"""The page to play with a network: what it does, and as a person would use it.
+"""The demo page: the studio behind it, and the page in a browser.
 
 The second part needs gradio, playwright (`pip install gradio playwright`) and Debian's
 chromium, and is skipped without them.
@@ -24,16 +24,16 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
-def studio(small_run, tmp_path_factory):
-    return demo.Studio(ism_jax.load(small_run), tmp_path_factory.mktemp('pictures'))
+def studio(small_run):
+    return demo.Studio(ism_jax.load(small_run))
 
 
-def test_pictures(studio):
-    side = 128 + 2  # Shown larger, with a frame.
+def test_the_studio_makes_pictures(studio):
+    side = 128 + 2  # Enlarged, with padding.
     made = studio.samples('any', 3, 2, '', 1.0, 4)
     assert made.count == 4 and made.settings['schedule'] == (0.5, 0.5)
     assert made.image.shape[0] < 2 * side < 3 * side < made.image.shape[1]
-    assert '4 images in ' in made.told() and 'ms each' in made.told()
+    assert '4 images in ' in made.timing() and 'ms each' in made.timing()
     one = studio.samples('7', 3, 2, '', 1.0, 1)
     other = studio.samples('7', 4, 2, '', 1.0, 1)
     assert one.image.shape == other.image.shape and (one.image != other.image).any()
@@ -46,22 +46,25 @@ def test_pictures(studio):
     studio.warm_up_more()
 
 
-def test_downloads_have_their_settings(studio):
+def test_downloads_hold_their_settings(studio):
     made = studio.samples('7', 5, 2, '', 1.5, 1)
     with Image.open(studio.save(made)) as image:
         assert image.format == 'PNG'
         assert image.text == {
-            'class': '7', 'seed': '5', 'guidance': '1.5', 'trained_steps': '6',
+            'class': '7',
+            'seed': '5',
+            'guidance': '1.5',
+            'trained_steps': '6',
             'schedule': '[0.5, 0.5]',
-        }  # fmt: skip
+        }
         np.testing.assert_array_equal(np.asarray(image), made.image.squeeze())
 
 
 @pytest.mark.parametrize(
     'field, value, message',
     [
-        ('label', 'cat', 'no class of this network'),
-        ('label', '../../etc', 'no class of this network'),
+        ('label', 'cat', 'not a class of this network'),
+        ('label', '../../etc', 'not a class of this network'),
         ('seed', -1, 'a whole number in 0 ..'),
         ('seed', 1.5, 'a whole number in 0 ..'),
         ('seed', None, 'a whole number in 0 ..'),
@@ -82,20 +85,51 @@ def test_bad_values_name_their_field(studio, field, value, message):
     assert caught.value.field == field and len(str(caught.value)) <= 300
 
 
-def test_pictures_are_not_kept_for_ever(studio):
+def test_old_pictures_are_deleted(studio):
     made = studio.samples('7', 0, 1, '', 1.0, 1)
     for _ in range(300):
         last = studio.save(made)
     assert len(list(studio.folder.iterdir())) <= 257 and Path(last).exists()
 
 
+def test_tabs_have_fields_that_their_methods_take(studio):
+    tabs = demo.make_tabs(studio)
+    assert [tab.title for tab in tabs] == [
+        'Samples',
+        'Steps side by side',
+        'From noise to image',
+        'Between two seeds',
+    ]
+    values = dict(label='7', seed=0, last_seed=1, steps=2, schedule='', guidance=1.0)
+    for tab in tabs:
+        given = {name: values.get(name, 2) for name in tab.fields}
+        assert tab.make(**given).count >= 2
+
+
+def test_guidance_without_a_limit_is_bounded(small_run):
+    model = ism_jax.load(small_run)
+    model.guidance_range = 0.0, float('inf')
+    studio = demo.Studio(model)
+    assert studio.guidance_range == (0.0, demo.MAX_GUIDANCE)
+    assert studio.default_guidance == 1.5
+    model.guidance_range = 0.5, 0.5
+    assert demo.Studio(model).default_guidance == 0.5
+
+
+def test_the_page_is_built(studio):
+    pytest.importorskip('gradio')
+    page = demo.make_page(studio)
+    labels = [block.label for block in page.blocks.values() if hasattr(block, 'label')]
+    assert {'Class', 'Seed', 'Last seed', 'Steps', 'Guidance', 'Images'} <= {*labels}
+
+
 @pytest.mark.parametrize('host', ['127.0.0.1', '127.8.8.8', '::1', 'localhost'])
-def test_own_addresses(host):
+def test_loopback_addresses_are_allowed(host):
     demo.check_host(host, False)
 
 
 @pytest.mark.parametrize('host', ['0.0.0.0', '::', '192.168.0.7', 'example.org', ''])
-def test_other_machines_are_served_on_request_only(host):
+def test_other_addresses_need_share_host(host):
     with pytest.raises(ValueError, match='--share-host'):
         demo.check_host(host, False)
     demo.check_host(host, True)
@@ -112,11 +146,20 @@ def url(small_run):
         server.bind(('127.0.0.1', 0))
         port = server.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, '-m', 'ism_jax.demo', '--workdir', small_run,
-         f'--port={port}'],
-        cwd=ROOT, env=os.environ | {'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            '-m',
+            'ism_jax.demo',
+            '--workdir',
+            small_run,
+            f'--port={port}',
+        ],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         for line in process.stdout:
             if 'Running on' in line:
@@ -138,8 +181,8 @@ def page(url):
             args=[*quiet.split(), '--disable-component-update', '--disable-sync'],
         )
         page = browser.new_page(viewport={'width': 1200, 'height': 1000})
-        page.asked = []
-        page.on('request', lambda request: page.asked.append(request.url))
+        page.urls = []
+        page.on('request', lambda request: page.urls.append(request.url))
         page.goto(url)
         yield page
         browser.close()
@@ -157,14 +200,14 @@ def _changed(page, before):
         if source != before:
             return source
         time.sleep(0.05)
-    raise AssertionError('the picture stays')
+    raise AssertionError('the picture did not change')
 
 
-def test_a_visitor(page, url, tmp_path):
+def test_the_first_tab(page, url, tmp_path):
     _picture(page).wait_for(timeout=60_000)  # Without a click.
     source = _picture(page).get_attribute('src')
-    assert 'ms each' in page.locator('.prose.told:visible').inner_text()
-    # Each control by itself brings another picture.
+    assert 'ms each' in page.locator('.prose.timing:visible').inner_text()
+    # Each control alone changes the picture.
     seed = page.get_by_label('Seed', exact=True).first
     seed.fill('7')
     seed.blur()
@@ -177,14 +220,14 @@ def test_a_visitor(page, url, tmp_path):
     page.get_by_label('Class').locator('visible=true').first.click()
     page.get_by_role('option', name='7', exact=True).click()
     source = _changed(page, source)
-    # The file that is downloaded says how it was made.
+    # The downloaded file holds its settings.
     with page.expect_download() as download:
         page.get_by_label('Download').locator('visible=true').first.click()
     download.value.save_as(tmp_path / 'picture.png')
     with Image.open(tmp_path / 'picture.png') as image:
         assert image.text['seed'] == '7' and image.text['class'] == '7'
         assert image.text['guidance'] == '3.0'
-    # A bad value is refused beside its field, and the picture stays.
+    # A bad value shows an error beside its field; the picture stays.
     seed.fill('-3')
     seed.blur()
     beside = page.locator('.prose.beside-seed:visible [role=alert]')
@@ -195,9 +238,9 @@ def test_a_visitor(page, url, tmp_path):
     seed.blur()
     _changed(page, source)
     beside.first.wait_for(state='detached', timeout=30_000)
-    # Nothing was asked of any other machine.
+    # No request went to another server.
     elsewhere = [
-        asked for asked in page.asked if not asked.startswith((url, 'data:', 'blob:'))
+        url_ for url_ in page.urls if not url_.startswith((url, 'data:', 'blob:'))
     ]
     assert not elsewhere
 
@@ -207,6 +250,6 @@ def test_a_visitor(page, url, tmp_path):
 )
 def test_the_other_tabs(page, name):
     page.get_by_role('tab', name=name).click()
-    page.get_by_role('button', name='Make').locator('visible=true').click()
+    page.get_by_role('button', name='Generate').locator('visible=true').click()
     _picture(page).wait_for(timeout=60_000)
-    assert 'ms each' in page.locator('.prose.told:visible').inner_text()
+    assert 'ms each' in page.locator('.prose.timing:visible').inner_text()

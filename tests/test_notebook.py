@@ -1,6 +1,6 @@
-"""The notebook, run whole on a small network.
+"""The notebook, executed with a small network.
 
-To run it as it is and keep what it shows, with nbconvert and ipywidgets installed:
+To execute it at full size and keep its outputs (needs nbconvert and ipywidgets):
 
     jupyter nbconvert --to notebook --execute --inplace launch/colab.ipynb
 """
@@ -18,24 +18,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / 'launch' / 'colab.ipynb'
 MAX_BYTES = 2 * 2**20
-# What the cells of parameters are overridden with, in their order.
-SMALL = (
-    "VARIANT, STEPS, RUNS = 'runlocal', 12, {folder!r}",
-    'FINE_TUNE_STEPS = 5',
-)
-# What a person does next: drags, and looks.
-DRAG = """
-steps, guidance, label, seed, shown = controls.widget.children
-before = shown.outputs
+# Appended to the cells tagged as parameters, in order.
+SMALL = ("VARIANT, STEPS, RUNS = 'runlocal', 12, {folder!r}", 'FINE_TUNE_STEPS = 5')
+# What a user does next: move the sliders, and wait for new samples.
+MOVE_SLIDERS = """
+steps, guidance, label, seed, output = controls.widget.children
+before = output.outputs
 steps.value, guidance.value, label.value, seed.value = 128, 3.0, '7', 5
 """
-LOOK = """
-print('seen', len(before), len(shown.outputs), before != shown.outputs)
+REPORT = """
+print(len(before), len(output.outputs), before != output.outputs)
 """
 
 
 def _read():
-    nbformat = pytest.importorskip('nbformat', reason='it reads the notebook')
+    nbformat = pytest.importorskip('nbformat', reason='needed to read the notebook')
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
@@ -54,7 +51,9 @@ def executed(tmp_path_factory):
         if 'parameters' in cell.metadata.get('tags', ()):
             cell.source += f'\n{changes.pop(0)}'
     assert not changes
-    notebook.cells += [nbformat.v4.new_code_cell(text) for text in (DRAG, LOOK)]
+    notebook.cells += [
+        nbformat.v4.new_code_cell(text) for text in (MOVE_SLIDERS, REPORT)
+    ]
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources={'metadata': {'path': str(ROOT / 'launch')}}
     )
@@ -73,7 +72,7 @@ def _outputs(notebook, kind):
 
 
 def _pictures(cell):
-    """Arrays of the pictures of a cell."""
+    """The pictures that a cell displays, as arrays."""
     out = []
     for output in cell.outputs:
         if 'image/png' in output.get('data', {}):
@@ -91,19 +90,20 @@ def _text(cell):
     return ''.join(o.text for o in cell.outputs if o.output_type == 'stream')
 
 
-def test_it_runs_and_shows(executed):
+def test_it_runs_and_displays_its_pictures(executed):
     notebook, folder = executed
     assert not _outputs(notebook, 'error')
-    # Two grids, of one step and of four, that grew by a row six times.
+    # Two grids, of one step and of four, with a row for each time they were drawn.
     for text, rows in (('train.train(config', 6), ('train.train(tuned', 5)):
         pictures = _pictures(_cell(notebook, text))
         assert len(pictures) == 2
         for picture in pictures:
             assert picture.shape[0] == rows * 66 + 2 and picture.std() > 1
     assert 'step 12/12' in _text(_cell(notebook, 'train.train(config'))
-    for text in ('steps_by_guidance', 'frequencies(', 'consistency(', 'paths(subject'):
-        assert len(_pictures(_cell(notebook, text))) == 1
-    assert 'S = ' in _text(_cell(notebook, 'paths(subject'))
+    assert len(_pictures(_cell(notebook, 'steps_by_guidance'))) == 1
+    diagnoses = [cell for cell in notebook.cells if '\nshow(' in '\n' + cell.source]
+    assert [len(_pictures(cell)) for cell in diagnoses] == [1, 1, 1]
+    assert 'S = ' in _text(diagnoses[-1])
     assert (folder / 'colab_exported' / 'model.safetensors').exists()
     assert len(list((folder / 'letters').rglob('*.png'))) > 500
     assert 'trained 5 steps' in repr(_load(folder / 'colab_letters'))
@@ -116,13 +116,13 @@ def _load(folder):
     return ism_jax.load(folder)
 
 
-def test_its_sliders_sample(executed):
+def test_its_sliders_sample_again(executed):
     notebook, _ = executed
     assert _text(notebook.cells[-1]).strip().endswith('True')
 
 
-def test_it_is_kept_with_what_it_showed():
-    """Of a real run, without errors, in order, and small."""
+def test_it_is_committed_with_its_outputs():
+    """Of a full-size run, without errors, in order, and small; no path of a machine."""
     notebook = _read()
     assert NOTEBOOK.stat().st_size < MAX_BYTES
     code = [cell for cell in notebook.cells if cell.cell_type == 'code']

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from ism_jax import config as config_lib
-from ism_jax import experiment, objectives, train
-from ism_jax.data import sources
+from ism_jax import config_check, cost, experiment, objectives, train
 from ism_jax.models import sit
 from ism_jax.runtime import sharding
 from ism_jax.training import optimizer, paired_pool, train_state
@@ -89,26 +88,22 @@ def _changed(method, changes):
 
 def _refused(error, changes):
     """An error names what was changed, or what it does not go with."""
-    told = str(error)
+    message = str(error)
     names = [*changes, *(name.rpartition('.')[2] for name in changes)]
     names += ['guidance', 'steps']  # Of samples and of grids alike.
-    assert any(name in told for name in names), f'{changes}: {told}'
+    assert any(name in message for name in names), f'{changes}: {message}'
 
 
 def _trace(config):
     """All of training up to its compilation."""
-    config_lib.validate(config)
-    source = sources.make_source(
-        config.data.source, **config_lib.source_options(config)
-    )
-    num_classes = len(source.class_names)
+    config_check.validate(config)
+    config_check.check_devices(config, 1, 1)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:1])
-    train.check_devices(config, mesh)
-    train.check_memory(config, mesh, num_classes)
-    model = experiment.make_model(config, num_classes)
-    batches = experiment.pool_batches(config)
-    experiment.make_loader(config, source, batches=batches).close()
-    tx = experiment.make_optimizer(config)
+    parts = experiment.Experiment(config, mesh=mesh)
+    source, model, tx = parts.source, parts.model, parts.optimizer
+    config_check.check_source(config, source)
+    cost.check_memory(parts)
+    parts.make_loader().close()
 
     def init():
         params = sit.init_params(model, source.image_shape, jax.random.key(0))
@@ -117,7 +112,7 @@ def _trace(config):
             params if config.ema.twin else None, params, jnp.int32(0), jnp.int32(0),
         )  # fmt: skip
 
-    shape = (batches, config.train.batch_size)
+    shape = (parts.pool_batches, config.train.batch_size)
     pool = paired_pool.Pool(
         jax.ShapeDtypeStruct((*shape, *source.image_shape), jnp.float32),
         jax.ShapeDtypeStruct(shape, jnp.int32),
@@ -126,11 +121,11 @@ def _trace(config):
     )
     state = jax.eval_shape(init)
     shardings = sharding.tree_shardings(state, mesh)
-    step = experiment.compiled_step(config, source, mesh, shardings)
+    step = parts.compile_train_step(shardings)
     after, metrics = jax.eval_shape(step, state, pool, jax.random.key(0))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics['loss'].shape == ()
-    couple = experiment.make_coupling(config, mesh, num_classes)
+    couple = parts.coupling
     if couple is not None:
         flat = jax.ShapeDtypeStruct(
             (shape[0] * shape[1], *source.image_shape), jnp.float32

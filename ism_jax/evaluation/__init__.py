@@ -1,0 +1,1 @@
+"""Metrics of samples: networks, reference statistics, scores and their tables."""

@@ -2,11 +2,12 @@
 
     IS = exp(E_x KL(p(y | x) || p(y))),   p(y) = E_x p(y | x)
 
-(Salimans et al. 2016, arXiv 1606.03498, section 4), the mean over splits of samples.
-p(y | x) are the probabilities of Inception from its logits without their bias, as in
-the original and in torch-fidelity.
+(Salimans et al. 2016, arXiv 1606.03498, section 4), averaged over splits of the
+samples. p(y | x) are Inception's probabilities from its logits without their bias, as
+in the original and in torch-fidelity.
 """
 
+import chex
 import numpy as np
 
 
@@ -15,33 +16,21 @@ def inception_score(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the score over splits of the samples.
 
-    It grows with the samples of a split, up to about 5,000: compare only numbers from
-    equally many.
+    The score grows with the samples per split, up to about 5,000: compare only values
+    of equally many.
 
     Args:
       logits: [N, K], of any floating type; see `models.inception`.
-      splits: S, parts of N / S consecutive samples (rounded down to whole ones).
-      seed: shuffles the samples first as torch-fidelity does, so that samples sorted
-        by class do not end in one split. None for their own order, as in ADM.
+      splits: S <= N; each split is about N / S consecutive samples.
+      seed: shuffles the samples first, as torch-fidelity does, so that samples sorted
+        by class spread over the splits. None keeps their order, as ADM does.
 
     Returns:
-      The mean, between 1 and K, and the standard deviation, of the S scores.
-
-    Raises:
-      ValueError: another shape, values that are not finite, or fewer samples than
-        splits.
+      The mean, between 1 and K, and the standard deviation of the S scores.
     """
     logits = np.asarray(logits)
-    if logits.ndim != 2 or not logits.size:
-        raise ValueError(
-            f'logits have shape {logits.shape}; [N, K] with N and K of at least 1 is '
-            'expected'
-        )
+    chex.assert_rank(logits, 2)
     count = len(logits)
-    if not 1 <= splits <= count:
-        raise ValueError(
-            f'splits = {splits} must be in 1 .. {count}, the number of samples'
-        )
     order = np.arange(count)
     if seed is not None:
         order = np.random.RandomState(seed).permutation(count)
@@ -53,14 +42,9 @@ def inception_score(
 
 
 def _score(logits):
-    if not np.isfinite(logits).all():
-        raise ValueError(
-            'logits are not finite; check the samples for NaN, or leave those samples '
-            'out and report how many'
-        )
     log_p = logits - logits.max(axis=1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
     p = np.exp(log_p)
-    # Where p(y) is 0 all p(y | x) are, and 0 log 0 is 0.
+    # If p(y) is 0, so are all p(y | x), and 0 log 0 is 0.
     marginal = np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny)
     return np.exp((p * (log_p - np.log(marginal)[None])).sum(axis=1).mean())

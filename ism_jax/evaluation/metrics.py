@@ -1,20 +1,21 @@
-"""The measures of samples by name: what each needs and how it is computed.
+"""The metrics by name: what each needs, and its scores.
 
     fid               Frechet distance of Inception's features
-    sfid              the same of its spatial features
+    sfid              Frechet distance of Inception's spatial features
     is                Inception score
     pr                precision and recall of Inception's features
     kid               kernel distance of Inception's features
     fd_dinov2         Frechet distance of DINOv2's features
     fd_efficientnet   Frechet distance of EfficientNet-Lite0's features
 
-A score is recorded under the name of its network: 'FID' is of the published Inception
-network alone; with other weights of that architecture it is 'FD-<name>', and the others
-get that name too.
+A score is recorded under the name of its network. 'FID' is of the published Inception
+weights alone; with other weights it is 'FD-<name>', and the other scores get that name
+too.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,135 +29,156 @@ from ism_jax.evaluation import (
 )
 
 
-class Measure(NamedTuple):
-    """What a measure needs.
+class Metric(NamedTuple):
+    """What a metric needs.
 
     Attributes:
       network: 'inception', 'dinov2' or 'efficientnet'.
-      output: of the network, that the samples are judged by.
-      statistics: whether it needs the reference's mean and covariance of that output.
-      features: whether it needs features of single images of the reference.
-      least: how many samples at least.
+      output: the network output that it compares.
+      needs_moments: whether it needs the reference's mean and covariance.
+      needs_features: whether it needs features of single reference images.
+      min_samples: smallest number of samples, and of reference images if it needs their
+        features.
     """
 
     network: str
     output: str = 'features'
-    statistics: bool = False
-    features: bool = False
-    least: int = 2
+    needs_moments: bool = False
+    needs_features: bool = False
+    min_samples: int = 2
 
 
-MEASURES = {
-    'fid': Measure('inception', statistics=True),
-    'sfid': Measure('inception', 'spatial', statistics=True),
-    'is': Measure('inception', 'unbiased_logits', least=10),
-    'pr': Measure('inception', features=True, least=precision_recall.NEIGHBOURS + 1),
-    'kid': Measure('inception', features=True),
-    'fd_dinov2': Measure('dinov2', statistics=True),
-    'fd_efficientnet': Measure('efficientnet', statistics=True),
+METRICS = {
+    'fid': Metric('inception', needs_moments=True),
+    'sfid': Metric('inception', 'spatial', needs_moments=True),
+    'is': Metric('inception', 'unbiased_logits', min_samples=10),
+    'pr': Metric(
+        'inception', needs_features=True, min_samples=precision_recall.NEIGHBOURS + 1
+    ),
+    'kid': Metric('inception', needs_features=True),
+    'fd_dinov2': Metric('dinov2', needs_moments=True),
+    'fd_efficientnet': Metric('efficientnet', needs_moments=True),
 }
-KID_SUBSET = 1000  # Of fewer samples or real images, as many as there are.
+KID_SUBSET = 1000  # Fewer if there are fewer samples or real images.
 
 
 def networks(names: Sequence[str]) -> list[str]:
-    """The networks that the measures need, each once.
+    """Names of the networks that the metrics need, each once.
 
     Raises:
-      ValueError: an unknown measure, or none.
+      ValueError: an unknown metric, or none.
     """
-    for name in names:
-        if name not in MEASURES:
-            raise ValueError(
-                f'metric {name!r} is unknown; choose among {", ".join(MEASURES)}'
-            )
-    if not names:
-        raise ValueError(f'no metrics: choose among {", ".join(MEASURES)}')
-    return list(dict.fromkeys(MEASURES[name].network for name in names))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        problem = f'metric {unknown[0]!r} is unknown' if unknown else 'no metrics'
+        raise ValueError(f'{problem}; choose among {", ".join(METRICS)}')
+    return list(dict.fromkeys(METRICS[name].network for name in names))
 
 
-def outputs(names: Sequence[str], network: str) -> list[str]:
-    """Outputs of a network that the measures need."""
-    chosen = [MEASURES[name] for name in names]
-    return list(dict.fromkeys(m.output for m in chosen if m.network == network))
+@dataclasses.dataclass(frozen=True)
+class MetricSet:
+    """Metrics, with the networks and the real images that they need.
 
-
-def check(
-    names: Sequence[str],
-    samples: int,
-    given: Mapping[str, reference_statistics.Reference],
-) -> None:
-    """Refuses, before samples are made, what could not be measured in the end.
-
-    Args:
-      names: of measures.
-      samples: how many there will be.
-      given: the reference of each network.
-
-    Raises:
-      ValueError: too few samples, or a reference that lacks something.
+    Attributes:
+      names: of the metrics, keys of `METRICS`.
+      networks: by the names of `networks(names)`.
+      references: statistics of the real images, for each network.
     """
-    for name in names:
-        measure = MEASURES[name]
-        if samples < measure.least:
-            raise ValueError(
-                f'{samples} samples are too few for {name}, which needs at least '
-                f'{measure.least}'
+
+    names: tuple[str, ...]
+    networks: Mapping[str, feature_network.FeatureNetwork]
+    references: Mapping[str, reference_statistics.Reference]
+
+    def check(self, num_samples: int) -> None:
+        """Refuses, before any sampling, what could not be scored afterwards.
+
+        Raises:
+          ValueError: too few samples or real images, or a reference without what a
+            metric needs.
+        """
+        for name in self.names:
+            metric = METRICS[name]
+            reference = self.references[metric.network]
+            counts, lacks = {'samples': num_samples}, ''
+            if metric.needs_moments and metric.output not in reference.moments:
+                lacks = f'statistics of {metric.output!r}'
+            if metric.needs_features and reference.features is None:
+                lacks = 'images'
+            elif metric.needs_features:
+                counts['real images'] = len(reference.features)
+            if lacks:
+                raise ValueError(
+                    f'{name} needs {lacks}, which the reference '
+                    f'({reference.description}) lacks; give images, or omit {name}'
+                )
+            for kind, count in counts.items():
+                if count < metric.min_samples:
+                    raise ValueError(
+                        f'{count} {kind} are too few for {name}, which needs at least '
+                        f'{metric.min_samples}'
+                    )
+
+    def extract(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """The features that the metrics need, 'network/output' to [N, F]."""
+        features = {}
+        for name, network in self.networks.items():
+            out = network(images)
+            chosen = [METRICS[metric] for metric in self.names]
+            for output in dict.fromkeys(m.output for m in chosen if m.network == name):
+                features[f'{name}/{output}'] = out[output]
+        return features
+
+    def compute(self, features: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The scores of samples.
+
+        Args:
+          features: of all samples, as of `extract`.
+
+        Returns:
+          Scores by the names under which they are recorded. 'is' and 'kid' also give
+          their deviation over splits or subsets, 'pr' gives two scores.
+        """
+        scores = {}
+        for name in self.names:
+            metric = METRICS[name]
+            scores |= _scores(
+                name,
+                features[f'{metric.network}/{metric.output}'],
+                self.references[metric.network],
+                self.networks[metric.network].distance,
             )
-        reference = given[measure.network]
-        if measure.statistics and measure.output not in reference.moments:
-            raise ValueError(
-                f'{name} needs statistics of {measure.output!r}, which '
-                f'{reference.description} has not; give images, or leave {name} out'
-            )
-        if measure.features and reference.features is None:
-            raise ValueError(
-                f'{name} needs real images, but {reference.description} are known '
-                f'alone; give images, or leave {name} out'
-            )
+        return scores
+
+    def description(self) -> dict[str, Any]:
+        """Networks and real images, for the record."""
+        return {
+            name: network.identity
+            | {
+                'reference': self.references[name].description,
+                'reference_key': self.references[name].key,
+                'reference_images': self.references[name].count,
+            }
+            for name, network in self.networks.items()
+        }
 
 
-def compute(
-    names: Sequence[str],
-    features: Mapping[str, Mapping[str, np.ndarray]],
-    network_of: Mapping[str, feature_network.FeatureNetwork],
-    given: Mapping[str, reference_statistics.Reference],
-) -> dict[str, float]:
-    """The scores of samples.
-
-    Args:
-      names: of measures.
-      features: of each network its outputs for all samples, [N, F] each.
-      network_of: the networks by name.
-      given: the reference of each network.
-
-    Returns:
-      Scores under the names that are to be printed; of 'is' and 'kid' the deviation
-      over splits or subsets too, of 'pr' both shares.
-    """
-    scores = {}
-    for name in names:
-        measure = MEASURES[name]
-        distance = network_of[measure.network].distance
-        suffix = '' if distance == 'FID' else f' ({distance.removeprefix("FD-")})'
-        reference = given[measure.network]
-        values = features[measure.network][measure.output]
-        if name == 'is':
-            mean, deviation = inception_score.inception_score(values)
-            scores |= {f'IS{suffix}': mean, f'IS{suffix} deviation': deviation}
-        elif name == 'kid':
-            size = min(KID_SUBSET, len(values), len(reference.features))
-            mean, deviation = kernel_distance.kernel_distance(
-                values, reference.features, subset_size=size
-            )
-            scores |= {f'KID{suffix}': mean, f'KID{suffix} deviation': deviation}
-        elif name == 'pr':
-            found = precision_recall.precision_recall(values, reference.features)
-            scores |= {f'Precision{suffix}': found.precision}
-            scores |= {f'Recall{suffix}': found.recall}
-        else:
-            statistics = frechet_distance.FeatureStatistics(values.shape[1])
-            for start in range(0, len(values), 4096):  # float64 only of a part.
-                statistics.update(values[start : start + 4096])
-            label = f's{distance}' if name == 'sfid' else distance
-            scores[label] = reference.distance(statistics, measure.output)
-    return scores
+def _scores(name, features, reference, distance) -> dict[str, float]:
+    """The scores of one metric, from the features [N, F] of its network output."""
+    suffix = '' if distance == 'FID' else f' ({distance.removeprefix("FD-")})'
+    if name == 'is':
+        mean, deviation = inception_score.inception_score(features)
+        return {f'IS{suffix}': mean, f'IS{suffix} deviation': deviation}
+    if name == 'kid':
+        size = min(KID_SUBSET, len(features), len(reference.features))
+        mean, deviation = kernel_distance.kernel_distance(
+            features, reference.features, subset_size=size
+        )
+        return {f'KID{suffix}': mean, f'KID{suffix} deviation': deviation}
+    if name == 'pr':
+        pair = precision_recall.precision_recall(features, reference.features)
+        return {f'Precision{suffix}': pair.precision, f'Recall{suffix}': pair.recall}
+    statistics = frechet_distance.FeatureStatistics(features.shape[1])
+    for start in range(0, len(features), 4096):  # float64 of one part at a time.
+        statistics.update(features[start : start + 4096])
+    label = f's{distance}' if name == 'sfid' else distance
+    return {label: reference.distance(statistics, METRICS[name].output)}

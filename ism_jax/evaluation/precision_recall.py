@@ -1,18 +1,19 @@
 """Precision and recall of samples by nearest neighbours of their features.
 
-A point lies in the estimated manifold of a set if it is no further from some member of
-the set than that member's k-th nearest neighbour within the set (Kynkaanniemi et al.
-2019, arXiv 1904.06991, equation 1, k = 3). Precision is the share of samples in the
-manifold of the real images, recall the share of real images in that of the samples
-(equation 2).
+A point lies in the estimated manifold of a set if, for some member of the set, it is no
+further away than that member's k-th nearest neighbour within the set (Kynkaanniemi et
+al. 2019, arXiv 1904.06991, equation 1, k = 3). Precision is the fraction of samples in
+the manifold of the real images, recall the fraction of real images in the manifold of
+the samples (equation 2).
 
-Computed in blocks in float32 on the accelerator, from features less their common mean.
-Squared distances are exact to about 1e-6 of the squared norms of those, so that a share
-can be off only by the points that lie so close to the surface of a manifold.
+Computed in blocks in float32 on the accelerator, from features minus their common mean.
+Squared distances are exact to about 1e-6 of the squared norms of these, so only points
+that close to the surface of a manifold can be misclassified.
 """
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ NEIGHBOURS = 3
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares, 0 .. 1."""
+    """Fractions, 0 .. 1."""
 
     precision: float
     recall: float
@@ -32,63 +33,43 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision and recall of samples.
 
-    Both depend on the numbers of points: compare only numbers from equally many (ADM
-    takes 50,000 samples and 10,000 real images).
+    Both depend on the numbers of points: compare only values of equally many (ADM takes
+    50,000 samples and 10,000 real images).
 
     Args:
-      samples: [N, F] features of samples, of any floating type.
-      real: [M, F] features of real images.
+      samples: [N, F] features of samples, of any floating type, N > k.
+      real: [M, F] features of real images, M > k.
       neighbours: k.
-      block_size: of the distances, [block_size, block_size] float32 are in memory at
-        once, beside both sets of features.
-
-    Raises:
-      ValueError: shapes disagree, values are not finite, or a set has not k + 1 points.
+      block_size: side of a block of distances, float32. One block at a time is in
+        memory, beside both sets of features.
     """
-    sets = [_check(samples, 'samples', neighbours), _check(real, 'real', neighbours)]
-    if sets[0].shape[1] != sets[1].shape[1]:
-        raise ValueError(
-            f'samples have {sets[0].shape[1]} features and real {sets[1].shape[1]}: '
-            'use one feature function for both'
-        )
-    if block_size < 1:
-        raise ValueError(f'block_size = {block_size} must be at least 1')
-    # No distance changes, and float32 keeps the digits that the mean would take.
+    sets = [np.asarray(samples), np.asarray(real)]
+    chex.assert_equal_shape_suffix(sets, 1)
+    # Distances do not depend on the mean, and without it float32 keeps more digits.
     mean = np.mean([features.mean(axis=0, dtype=np.float64) for features in sets], 0)
     blocks = [_blocks(features - mean[None], block_size) for features in sets]
     counts = [len(features) for features in sets]
-    radii = [_radii(b, count, neighbours) for b, count in zip(blocks, counts)]
+    radii = [
+        _radii(b, count, neighbours) for b, count in zip(blocks, counts, strict=True)
+    ]
     covered = [np.zeros((len(b), block_size), bool) for b in blocks]
-    for i, (rows, row_radii) in enumerate(zip(blocks[0], radii[0])):
-        for j, (columns, column_radii) in enumerate(zip(blocks[1], radii[1])):
+    for i, (rows, row_radii) in enumerate(zip(blocks[0], radii[0], strict=True)):
+        for j, (columns, column_radii) in enumerate(
+            zip(blocks[1], radii[1], strict=True)
+        ):
             in_rows, in_columns = _covered(rows, columns, row_radii, column_radii)
             covered[0][i] |= np.asarray(in_rows)
             covered[1][j] |= np.asarray(in_columns)
-    shares = (
-        float(inside.ravel()[:count].mean()) for inside, count in zip(covered, counts)
+    return PrecisionRecall(
+        *(
+            float(inside.ravel()[:count].mean())
+            for inside, count in zip(covered, counts, strict=True)
+        )
     )
-    return PrecisionRecall(*shares)
-
-
-def _check(features, name, neighbours):
-    features = np.asarray(features)
-    if features.ndim != 2 or not features.size:
-        raise ValueError(f'{name} has shape {features.shape}; [N, F] is expected')
-    if not 1 <= neighbours < len(features):
-        raise ValueError(
-            f'neighbours = {neighbours} must be in 1 .. {len(features) - 1}, one less '
-            f'than the {len(features)} points of {name}'
-        )
-    if not np.isfinite(features).all():
-        raise ValueError(
-            f'{name} is not finite; check the images for NaN, or leave those samples '
-            'out and report how many'
-        )
-    return features
 
 
 def _blocks(features, block_size) -> jax.Array:
-    """[blocks, block_size, F] float32 on the device, filled up with zeros."""
+    """[blocks, block_size, F] float32 on the device, padded with zeros."""
     number = -(-len(features) // block_size)
     out = np.zeros((number * block_size, features.shape[1]), np.float32)
     out[: len(features)] = features
@@ -98,7 +79,7 @@ def _blocks(features, block_size) -> jax.Array:
 def _radii(blocks, count, neighbours) -> jax.Array:
     """[blocks, block_size]: squared distance to the k-th nearest other point.
 
-    Less than 0 for what is no point, so that nothing is within it.
+    Negative for padding, so that nothing lies within it.
     """
     block_size = blocks.shape[1]
     out = []
@@ -108,25 +89,22 @@ def _radii(blocks, count, neighbours) -> jax.Array:
             nearest = _nearest(
                 nearest, rows, columns, i * block_size, j * block_size, count
             )
-        numbers = i * block_size + np.arange(block_size)
-        out.append(jnp.where(numbers < count, nearest[:, -1], -1.0))
+        indices = i * block_size + np.arange(block_size)
+        out.append(jnp.where(indices < count, nearest[:, -1], -1.0))
     return jnp.stack(out)
 
 
 @jax.jit
 def _nearest(nearest, rows, columns, first_row, first_column, count):
-    """The least of the squared distances so far, [rows, k] ascending, and of a block.
+    """The k smallest squared distances after one more block, [rows, k] ascending.
 
-    Args:
-      nearest: [rows, k], the least so far.
-      rows, columns: [rows, F] and [columns, F].
-      first_row, first_column: number of their first point in the set.
-      count: points of the set; those with higher numbers are none.
+    `nearest` are the smallest so far. `first_row` and `first_column` are the indices of
+    the blocks' first points in the set; its points from `count` on are padding.
     """
     row = first_row + jnp.arange(len(rows))[:, None]
     column = first_column + jnp.arange(len(columns))[None]
     distances = _squared_distances(rows, columns)
-    # A point is not its own neighbour, though one of the same place is.
+    # A point is not its own neighbour, but a duplicate of it is.
     distances = jnp.where((row == column) | (column >= count), jnp.inf, distances)
     candidates = jnp.concatenate([nearest, distances], axis=1)
     return -jax.lax.top_k(-candidates, nearest.shape[1])[0]
@@ -134,9 +112,9 @@ def _nearest(nearest, rows, columns, first_row, first_column, count):
 
 @jax.jit
 def _covered(rows, columns, row_radii, column_radii):
-    """Which rows lie in the balls of the columns, and which columns in those of rows.
+    """Which rows lie in a ball of the columns, and which columns in one of the rows.
 
-    Points that are none have negative radii, and cover nothing.
+    Padding has negative radii and covers nothing.
     """
     distances = _squared_distances(rows, columns)
     in_rows = (distances <= column_radii[None]).any(axis=1)

@@ -1,118 +1,111 @@
-"""Scores as the literature has them: many samples of each setting, through networks.
+"""Scores of many samples by the literature's metrics, for each setting of the sampler.
 
-A cell is one setting of the sampler: steps and guidance. Its samples are made chunk by
-chunk (`evaluation.sample_chunks`), so that a killed evaluation goes on where it was; its record
-says everything that is needed to repeat it.
+A setting is a number of steps and a guidance scale. Its samples are drawn chunk by
+chunk (`evaluation.sample_chunks`), so that a stopped evaluation resumes. Its folder is
+named after a hash of everything that the scores depend on. It holds `record.json`,
+which states all of it, and the samples if they are kept: `samples_<N>x<H>x<W>x3.npz` in
+ADM's layout, and `png/`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 import json
 from pathlib import Path
 import platform
 import shlex
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tqdm
 
-from ism_jax import trained_network
 from ism_jax.evaluation import (
     feature_network,
     metrics,
-    reference_statistics,
+    padded_batches,
+    records,
     sample_chunks,
     sample_files,
-    scores,
 )
-from ism_jax.interchange import exported_network
 from ism_jax.method import time_grid
-from ism_jax.models import vae
 from ism_jax.runtime import distributed, provenance
 from ism_jax.sampling.sampler import Sampler
 
 LABELS = ('balanced', 'uniform')
 KEEP = ('npz', 'png')
-# About so many samples are lost at most when an evaluation is killed.
+# A stopped evaluation loses at most about this many samples.
 CHUNK = 1000
+# Its keys 'cell' (the folder), 'measures' and 'judges' (the metrics) predate the terms
+# used here; they stay, so that earlier evaluations resume.
 RECORD = 'record.json'
+# Part of the hash, so that scores of another rounding get another folder.
 ROUNDING = 'clip(x, -1, 1), (x + 1) 127.5, rounded half to even'
 
 
-@dataclasses.dataclass(frozen=True)
-class Judges:
-    """How samples are judged.
+class Setting(NamedTuple):
+    """A setting of the sampler, and the folder of its record and samples."""
 
-    Attributes:
-      names: of measures, see `evaluation.metrics`.
-      networks: by the names of `measures.networks`.
-      references: of each network.
-    """
+    folder: Path
+    steps: int
+    guidance: float
+    schedule: tuple[float, ...]
 
-    names: tuple[str, ...]
-    networks: Mapping[str, feature_network.FeatureNetwork]
-    references: Mapping[str, reference_statistics.Reference]
-
-    def look(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs of all networks that the measures need, 'network/output': [N, F]."""
-        seen = {}
-        for name, network in self.networks.items():
-            out = network(images)
-            needed = metrics.outputs(self.names, name)
-            seen |= {f'{name}/{output}': out[output] for output in needed}
-        return seen
-
-    def scores(self, seen: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """The scores of what `look` saw in all samples."""
-        by_network = {name: {} for name in self.networks}
-        for key, values in seen.items():
-            name, _, output = key.partition('/')
-            by_network[name][output] = values
-        return metrics.compute(self.names, by_network, self.networks, self.references)
-
-    def identity(self) -> dict[str, Any]:
-        """Which networks and which real images, for the record."""
-        return {
-            name: network.identity
-            | {
-                'reference': self.references[name].description,
-                'reference_key': self.references[name].key,
-                'reference_images': self.references[name].count,
-            }
-            for name, network in self.networks.items()
-        }
+    def __str__(self):
+        return f'steps {self.steps}, w {self.guidance:g}'
 
 
 def sample_labels(kind: str, count: int, num_classes: int, seed: int) -> np.ndarray:
     """Labels of the samples, [count] int32.
 
     Args:
-      kind: 'balanced', 0, 1, 2, ... in turn, every class equally often (to one);
-        'uniform', drawn at random as in ADM.
-      count: of samples.
-      num_classes: labels are below.
+      kind: 'balanced' for 0, 1, 2, ... in turn, so that class counts differ by at most
+        one; 'uniform' for random labels, as in ADM.
+      count: number of samples.
+      num_classes: number of classes.
       seed: of 'uniform'.
-
-    Raises:
-      ValueError: another kind.
     """
     if kind == 'balanced':
         return np.arange(count, dtype=np.int32) % num_classes
-    if kind == 'uniform':
-        # RandomState, because NumPy promises that its stream never changes.
-        random = np.random.RandomState(seed)
-        return random.randint(num_classes, size=count).astype(np.int32)
-    raise ValueError(f'labels {kind!r} must be one of {", ".join(LABELS)}')
+    # RandomState, because NumPy guarantees that its stream never changes.
+    random = np.random.RandomState(seed)
+    return random.randint(num_classes, size=count).astype(np.int32)
 
 
-def evaluate_cells(
-    run: trained_network.TrainedNetwork,
+def settings_of(
+    description: Mapping,
+    steps: Sequence[int],
+    guidance: Sequence[float],
+    base_steps: int,
+    out,
+) -> list[Setting]:
+    """Every pair of steps and guidance, with its folder below `out`.
+
+    Args:
+      description: everything else that the scores depend on; part of the folder's hash.
+      steps: numbers of sampling steps.
+      guidance: guidance scales w.
+      base_steps: the largest number of steps.
+      out: folder of the evaluation.
+    """
+    settings = []
+    for number in steps:
+        schedule = time_grid.dyadic_schedule(number, base_steps)
+        for w in guidance:
+            setting = Setting(Path(out), number, float(w), schedule)
+            key = feature_network.identity_key(dict(description) | _fields(setting))
+            folder = Path(out) / f'steps_{number}_guidance_{w:g}_{key[:8]}'
+            settings.append(setting._replace(folder=folder))
+    return settings
+
+
+def evaluate_settings(
+    params,
     sampler: Sampler,
-    judges: Judges,
+    metric_set: metrics.MetricSet,
+    description: Mapping[str, Any],
     *,
+    num_classes: int,
     steps: Sequence[int],
     guidance: Sequence[float],
     samples: int,
@@ -123,222 +116,181 @@ def evaluate_cells(
     process_index: int = 0,
     process_count: int = 1,
     wait: bool = False,
-    show: Callable[[str], Any] = print,
+    log: Callable[[str], Any] = print,
 ) -> list[dict] | None:
-    """Samples and scores every pair of steps and guidance that is not done yet.
-
-    Each cell has a folder below `out`, with `record.json` once it is scored, and the
-    samples where they are to be kept: `samples_<N>x<H>x<W>x3.npz` in ADM's layout, and
-    `png/`.
+    """Samples and scores every pair of steps and guidance that has no record yet.
 
     Args:
-      run: that is scored, by its slow average.
-      sampler: of the run, `build.make_sampler`.
-      judges: what it is judged by.
-      steps, guidance: lists; every pair of them is a cell.
-      samples: of each cell.
-      labels: see `sample_labels`.
-      seed: of the noise, the same in every cell, and of random labels.
-      out: folder.
-      keep: of `KEEP`.
-      process_index, process_count: makes the chunks `process_index`, `process_index +
-        process_count`, ... of the first cell, and of each next cell those one before;
-        the first process scores.
-      wait: the first process waits for what the others make.
-      show: is told in words what is done.
+      params: inference EMA parameters.
+      sampler: draws the samples.
+      metric_set: scores them.
+      description: of the network, for the record and the hash; JSON values.
+      num_classes: number of classes.
+      steps: numbers of sampling steps.
+      guidance: guidance scales w.
+      samples: number of samples of each setting.
+      labels: one of `LABELS`, see `sample_labels`.
+      seed: of the noise, the same for each setting, and of random labels.
+      out: folder of the evaluation.
+      keep: which of `KEEP` to write.
+      process_index: this process; process 0 scores.
+      process_count: number of processes that share the chunks.
+      wait: whether process 0 waits for the chunks of the others.
+      log: called with progress messages.
 
     Returns:
-      The records of these cells, see `write_records`; None where chunks of other
-      processes are missing, or where these wait for the first.
+      The records of these settings, see `write_records`. None if chunks of other
+      processes are missing, or process 0 is to score them.
 
     Raises:
-      ValueError: what cannot be measured, or a sample with NaN.
+      ValueError: a metric cannot be computed, or a sample holds NaN.
     """
-    for kind in keep:
-        if kind not in KEEP:
-            raise ValueError(f'keep = {kind!r} must be one of {", ".join(KEEP)}')
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f'process_index = {process_index} must be in 0 .. {process_count - 1}'
+    metric_set.check(samples)
+    description = _extend(description, sampler, metric_set, samples, labels, seed)
+    settings = settings_of(description, steps, guidance, sampler.base_steps, out)
+    label = sample_labels(labels, samples, num_classes, seed)
+    # Whole batches, because noise between steps depends on the batch.
+    size = -(-min(CHUNK, samples) // sampler.batch_size) * sampler.batch_size
+    incomplete = 0
+    for shift, setting in enumerate(settings):
+        folder = setting.folder
+        if _is_finished(folder, keep):
+            continue
+        chunks = sample_chunks.Chunks(folder, label, size, keep_images=bool(keep))
+        chunks.discard_unusable()
+        # Shifted, so that settings of few chunks occupy all processes.
+        turn = (process_index - shift) % process_count
+        own = [i for i in chunks.missing() if i % process_count == turn]
+        _draw(chunks, own, setting, params, sampler, metric_set, samples, seed)
+        if wait and process_index == 0:
+            distributed.wait_until(lambda chunks=chunks: not chunks.missing())
+        if process_index or chunks.missing():
+            incomplete += 1
+            continue
+        log(f'{setting}: scoring {samples:,} samples')
+        _score(chunks, setting, description, metric_set, keep)
+    if incomplete:
+        if not wait:
+            log(
+                f'{incomplete} of {len(settings)} settings wait for other processes, '
+                'or for process 0 to score them; run it again when all have ended'
+            )
+        return None
+    by_folder = {record['cell']: record for record in write_records(out)}
+    return [by_folder[setting.folder.name] for setting in settings]
+
+
+def evaluate_images(
+    images, metric_set: metrics.MetricSet, *, log: Callable[[str], Any] = print
+) -> dict:
+    """The record of images of any origin.
+
+    Args:
+      images: of `evaluation.real_images.open_images`.
+      metric_set: scores them.
+      log: called with progress messages.
+
+    Raises:
+      ValueError: a metric cannot be computed.
+    """
+    metric_set.check(len(images))
+    log(f'scoring {images.description}')
+    parts = []
+    with tqdm.tqdm(total=len(images), unit='image', disable=None) as bar:
+        for batch in images.batches(CHUNK):
+            parts.append(metric_set.extract(batch))
+            bar.update(len(batch))
+    record = {'images': images.description, 'images_sha256': images.digest()}
+    record |= {'samples': len(images), 'judges': metric_set.description()}
+    return (
+        record
+        | {'scores': metric_set.compute(padded_batches.concatenate(parts))}
+        | _provenance()
+    )
+
+
+def write_records(out) -> list[dict]:
+    """Writes `records.json` with the records of all settings below `out`; returns them.
+
+    Each gets `guidance_grid`: all guidance scales that were scored with the same
+    network, steps and noise. The best score of a grid is biased by its selection.
+    """
+    found = [_read(path.parent) for path in sorted(Path(out).glob(f'*/{RECORD}'))]
+    grids = {}
+    for record in found:
+        grids.setdefault(_all_but_guidance(record), set()).add(record['guidance'])
+    found = [r | {'guidance_grid': sorted(grids[_all_but_guidance(r)])} for r in found]
+    records.write_records(Path(out) / 'records.json', found)
+    return found
+
+
+def _draw(chunks, indices, setting, params, sampler, metric_set, samples, seed):
+    """Draws the chunks of these indices and extracts their features."""
+
+    def sample(first, labels):
+        return sampler.batches(
+            params,
+            jax.random.key(seed),
+            labels,
+            guidance=setting.guidance,
+            schedule=setting.schedule,
+            first=first,
         )
-    metrics.check(judges.names, samples, judges.references)
-    about = _about(run, judges) | {
+
+    bar = tqdm.tqdm(
+        total=samples,
+        initial=samples - sum(map(chunks.num_samples, indices)),
+        desc=str(setting),
+        unit='sample',
+        disable=None,
+        dynamic_ncols=True,
+    )
+    with bar:
+        for index in indices:
+            try:
+                chunks.make(index, sample, metric_set.extract, progress=bar.update)
+            except ValueError as error:
+                raise ValueError(f'{setting}: {error}') from error
+
+
+def _score(chunks, setting, description, metric_set, keep) -> None:
+    """Scores the samples, writes the record and removes the chunks."""
+    folder, kept = setting.folder, {}
+    if 'npz' in keep:
+        kept['npz'] = sample_files.write_npz(folder, chunks.images)
+    if 'png' in keep:
+        sample_files.write_pngs(folder / 'png', chunks.images)
+        kept['png'] = 'png'
+    record = {'cell': folder.name} | description | _fields(setting) | {'kept': kept}
+    record |= {'scores': metric_set.compute(chunks.features())} | _provenance()
+    records.write_records(folder / RECORD, record)
+    chunks.remove()
+
+
+def _extend(description, sampler, metric_set, samples, labels, seed) -> dict:
+    """The description of a network, with all that its settings have in common."""
+    return dict(description) | {
+        'rounding': ROUNDING,
+        'measures': list(metric_set.names),
+        'judges': metric_set.description(),
         'samples': samples,
         'labels': labels,
         'seed': seed,
         'sampler_batch_size': sampler.batch_size,
     }
-    label = sample_labels(labels, samples, len(run.class_names), seed)
-    # Whole batches, for samplers whose noise depends on a batch.
-    size = -(-min(CHUNK, samples) // sampler.batch_size) * sampler.batch_size
-    cells, waiting = [], []
-    for number in steps:
-        schedule = time_grid.dyadic_schedule(number, sampler.base_steps)
-        for w in guidance:
-            cell = {'steps': number, 'guidance': float(w), 'schedule': list(schedule)}
-            key = feature_network.identity_key(about | cell)
-            folder = Path(out) / f'steps_{number}_guidance_{w:g}_{key[:8]}'
-            cells.append((folder, cell))
-    for shift, (folder, cell) in enumerate(cells):
-        if _is_done(folder, keep):
-            continue
-        parts = sample_chunks.Chunks(folder, label, size, keep_images=bool(keep))
-        parts.discard_unusable()
-        # Shifted, so that those of few chunks have work too.
-        turn = (process_index - shift) % process_count
-        own = [i for i in parts.missing() if i % process_count == turn]
-        description = f'steps {cell["steps"]}, w {cell["guidance"]:g}'
-        bar = tqdm.tqdm(
-            total=samples, initial=samples - sum(map(parts.samples, own)),
-            desc=description, unit='sample', disable=None, dynamic_ncols=True,
-        )  # fmt: skip
-
-        def sample(first, part, cell=cell):
-            return sampler.batches(
-                run.params, jax.random.key(seed), part, guidance=cell['guidance'],
-                schedule=cell['schedule'], first=first,
-            )  # fmt: skip
-
-        with bar:
-            for number in own:
-                try:
-                    parts.make(number, sample, judges.look, progress=bar.update)
-                except ValueError as error:
-                    raise ValueError(f'{description}: {error}') from error
-        if wait and not process_index:
-            distributed.wait_until(lambda parts=parts: not parts.missing())
-        if process_index or parts.missing():
-            waiting.append(folder.name)
-            continue
-        show(f'{description}: scoring {samples:,} samples')
-        kept = _keep(folder, parts, keep)
-        content = {'cell': folder.name} | about | cell | {'kept': kept}
-        content |= {'scores': judges.scores(parts.outputs())} | _circumstances()
-        scores.write_record(folder / RECORD, content)
-        parts.remove()
-    if waiting and not wait:
-        show(
-            f'{len(waiting)} of {len(cells)} cells wait for other processes, or for '
-            'the first to score them; when all have ended, run it again'
-        )
-    if waiting:
-        return None
-    records = {record['cell']: record for record in write_records(out)}
-    return [records[folder.name] for folder, _ in cells]
 
 
-def evaluate_images(
-    images, judges: Judges, *, show: Callable[[str], Any] = print
-) -> dict:
-    """Scores images of any origin.
-
-    Args:
-      images: of `evaluation.real_images.open_images`.
-      judges: what they are judged by.
-      show: is told in words what is done.
-
-    Returns:
-      The record.
-
-    Raises:
-      ValueError: what cannot be measured.
-    """
-    metrics.check(judges.names, len(images), judges.references)
-    show(f'scoring {images.description}')
-    parts = []
-    with tqdm.tqdm(total=len(images), unit='image', disable=None) as bar:
-        for batch in images.batches(CHUNK):
-            parts.append(judges.look(batch))
-            bar.update(len(batch))
-    seen = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    about = {'images': images.description, 'images_sha256': images.digest()}
-    about |= {'samples': len(images), 'judges': judges.identity()}
-    return about | {'scores': judges.scores(seen)} | _circumstances()
-
-
-def record_of(folder) -> dict:
-    """The record of a cell."""
-    return json.loads((Path(folder) / RECORD).read_text())
-
-
-def write_records(out) -> list[dict]:
-    """Writes `records.json`, of all cells below `out`, and returns them.
-
-    `guidance_grid` is added to each: all strengths that were tried for this network
-    and number of steps with this noise. A score that is chosen among them by itself
-    is no plain result.
-    """
-    records = [record_of(path.parent) for path in sorted(Path(out).glob(f'*/{RECORD}'))]
-    tried = {}
-    for record in records:
-        tried.setdefault(_choice(record), set()).add(record['guidance'])
-    records = [r | {'guidance_grid': sorted(tried[_choice(r)])} for r in records]
-    scores.write_records(Path(out) / 'records.json', records)
-    return records
-
-
-def table(records: Sequence[Mapping]) -> str:
-    """A table in Markdown, a row for each cell, with what it must be read with.
-
-    Args:
-      records: of `write_records`, or one of `evaluate_images`.
-    """
-    names = [n for n in records[0]['scores'] if not n.endswith('deviation')]
-    settings = ['steps', 'w'] if 'steps' in records[0] else []
-    rows = [[*settings, *names, 'samples']]
-    rows.append(['---'] * len(rows[0]))
-    grids = {}
-    for record in records:
-        row = []
-        if settings:
-            grid = record['guidance_grid']
-            row = [str(record['steps']), f'{record["guidance"]:g}']
-            if len(grid) > 1:
-                row[1] += f' (grid of {len(grid)})'
-                grids[record['steps']] = tuple(grid)
-        row += [f'{record["scores"][name]:.4g}' for name in names]
-        rows.append([*row, f'{record["samples"]:,}'])
-    lines = [f'| {" | ".join(row)} |' for row in rows]
-    for name, about in records[0]['judges'].items():
-        lines.append(
-            f'{name}: {about["network"]} (weights {about["weights"][:12]}), against '
-            f'{about["reference"]} (key {about["reference_key"]}).'
-        )
-    if settings:
-        lines.append(
-            f'Labels {records[0]["labels"]}, seed {records[0]["seed"]}, after '
-            f'{records[0]["trained_steps"]} steps of training.'
-        )
-    for grid in sorted(set(grids.values())):
-        numbers = ', '.join(str(n) for n in sorted(grids) if grids[n] == grid)
-        tried = ', '.join(f'{w:g}' for w in grid)
-        lines.append(
-            f'Steps {numbers}: a grid over guidance, w = {tried}. Its best is chosen '
-            'by the samples that it is scored on, and is no plain result: choose w '
-            'with another --seed, then score that w alone.'
-        )
-    return '\n'.join([*lines[: len(rows)], '', *lines[len(rows) :]])
-
-
-def _about(run, judges) -> dict:
-    """What a cell's samples and scores depend on, but for the cell."""
-    autoencoder = run.config.data.autoencoder
+def _fields(setting) -> dict:
+    """A setting as in its record and in its hash."""
     return {
-        'params_sha256': exported_network.params_digest(run.params),
-        'average': 'infer',
-        'trained_steps': run.step,
-        'objective': run.config.objective.to_dict(),
-        'model': run.config.model.to_dict(),
-        'autoencoder': autoencoder,
-        'autoencoder_sha256': vae.digest(autoencoder) if autoencoder else '',
-        'rounding': ROUNDING,
-        'measures': list(judges.names),
-        'judges': judges.identity(),
+        'steps': setting.steps,
+        'guidance': setting.guidance,
+        'schedule': list(setting.schedule),
     }
 
 
-def _circumstances() -> dict:
-    """When, where and by what; does not name a cell."""
+def _provenance() -> dict:
+    """When, where and how a record was made; not part of the hash."""
     return {
         'pipeline': 'ism_jax.evaluate',
         'commit': provenance.commit(),
@@ -350,23 +302,16 @@ def _circumstances() -> dict:
     }
 
 
-def _choice(record):
-    """What records share of which one could be chosen by its guidance."""
-    return record['params_sha256'], record['steps'], record['seed'], record['labels']
+def _read(folder) -> dict:
+    return json.loads((folder / RECORD).read_text())
 
 
-def _is_done(folder, keep) -> bool:
+def _is_finished(folder, keep) -> bool:
     if not (folder / RECORD).exists():
         return False
-    return all(kind in record_of(folder)['kept'] for kind in keep)
+    return all(kind in _read(folder)['kept'] for kind in keep)
 
 
-def _keep(folder, parts: sample_chunks.Chunks, keep) -> dict[str, str]:
-    """Writes the samples; kind to name."""
-    kept = {}
-    if 'npz' in keep:
-        kept['npz'] = sample_files.write_npz(folder, parts.images)
-    if 'png' in keep:
-        sample_files.write_pngs(folder / 'png', parts.images)
-        kept['png'] = 'png'
-    return kept
+def _all_but_guidance(record) -> tuple:
+    """Fields that records of one grid over guidance share."""
+    return record['params_sha256'], record['steps'], record['seed'], record['labels']

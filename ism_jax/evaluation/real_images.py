@@ -1,17 +1,18 @@
-"""Real images by the batch, wherever they are, and what identifies them.
+"""Real images in batches, from any origin, and a hash that identifies them.
 
-    len(images)              how many
-    images.batches(size)     yields uint8 [n, H, W, C] in order, n at most `size`
-    images.digest()          hash of what they are, hexadecimal
-    images.description       in words
+    len(images)              number of images
+    images.batches(size)     yields uint8 [n, H, W, C] in order, n <= size
+    images.digest()          hash of the images, hexadecimal
+    images.description       text for the record
 
-A folder and an NPZ file are hashed byte by byte, so that the hash follows them to
-another place and changes with any pixel. A source of `ism_jax.data.sources` is known by
-its `repr`, which is made to be the same for the same data.
+A folder and an NPZ file are hashed byte by byte, so that the hash survives a move and
+changes with any pixel. A source of `ism_jax.data.sources` is identified by its `repr`,
+which is the same for the same data.
 """
 
 from collections.abc import Iterator
 from concurrent import futures
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -21,47 +22,42 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from ism_jax.data import sources
+from ism_jax.data import folder_source, image_crop
+from ism_jax.data.source import CorruptImageError, Source
+from ism_jax.runtime import checksums
 
-THREADS = 8  # Decoding leaves Python's lock alone.
+THREADS = 8  # Decoding releases Python's lock.
 
 
-def open_images(place, *, image_size: int | None = None):
-    """Real images from where they are.
+def open_images(origin, *, image_size: int | None = None):
+    """Opens real images.
 
     Args:
-      place: an NPZ file with `arr_0`, uint8 [N, H, W, 3] (a batch of ADM's); a folder
-        of image files, in subfolders or not; or a source of `ism_jax.data.sources`.
-      image_size: side that images of a folder are cropped and resized to as in ADM;
-        None where they are squares of one size, which is kept.
+      origin: an NPZ file with `arr_0`, uint8 [N, H, W, 3] (ADM's layout); a folder of
+        image files, with or without subfolders; or a source of `ism_jax.data.sources`.
+      image_size: side to which images of a folder are cropped and resized as in ADM;
+        None if they are squares of one size, which is kept. Ignored for other origins.
 
     Raises:
-      ValueError: another place, or one without such images.
+      ValueError: `origin` is none of these, or holds no such images.
     """
-    if hasattr(place, 'image_shape'):
-        _no_size(image_size, 'a source has its own size')
-        return SourceImages(place)
-    path = Path(place)
+    if hasattr(origin, 'image_shape'):
+        return SourceImages(origin)
+    path = Path(origin)
     if path.is_dir():
         return FolderImages(path, image_size)
     if path.is_file() and path.suffix == '.npz':
-        _no_size(image_size, 'images of an NPZ file are taken as they are')
         return NpzImages(path)
     raise ValueError(
-        f'{place} is neither a folder of images nor an .npz file; give one of these, '
+        f'{origin} is neither a folder of images nor an .npz file; give one of these, '
         'or a source of ism_jax.data.sources'
     )
-
-
-def _no_size(image_size, reason):
-    if image_size is not None:
-        raise ValueError(f'image_size = {image_size}: {reason}; leave image_size out')
 
 
 class SourceImages:
     """Images of a source of `ism_jax.data.sources`."""
 
-    def __init__(self, source: sources.Source):
+    def __init__(self, source: Source):
         self._source = source
         self.description = repr(source)
 
@@ -72,19 +68,18 @@ class SourceImages:
         return hashlib.sha256(self.description.encode()).hexdigest()
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """See the head of this file."""
-        return _by_threads(lambda i: self._source[i]['image'], len(self), size)
+        return _read_in_threads(lambda i: self._source[i]['image'], len(self), size)
 
 
 class FolderImages:
-    """Image files below a folder, as RGB, sorted by their names.
+    """Image files below a folder, as RGB, sorted by name.
 
     Args:
-      path: of the folder; names that begin with a dot are left out.
+      path: of the folder; names that begin with a dot are skipped.
       image_size: see `open_images`.
 
     Raises:
-      ValueError: no images, or no size although the first is no square.
+      ValueError: no images, or no `image_size` although the first is not square.
     """
 
     def __init__(self, path, image_size: int | None = None):
@@ -93,13 +88,16 @@ class FolderImages:
             Path(folder, name)
             for folder, _, names in os.walk(path)
             for name in names
-            if name.lower().endswith(sources.IMAGE_SUFFIXES)
-            and not any(part.startswith('.') for part in _parts(folder, name, path))
+            if name.lower().endswith(folder_source.IMAGE_SUFFIXES)
+            and not any(
+                part.startswith('.')
+                for part in Path(folder, name).relative_to(path).parts
+            )
         )
         if not self._files:
             raise ValueError(
-                f'{path} holds no images ({", ".join(sources.IMAGE_SUFFIXES)}); give '
-                'the folder that does'
+                f'{path} holds no images ({", ".join(folder_source.IMAGE_SUFFIXES)}); '
+                'give a folder that does'
             )
         self._resize = image_size is not None
         self._size = image_size if self._resize else self._first_side()
@@ -109,52 +107,42 @@ class FolderImages:
         return len(self._files)
 
     def digest(self) -> str:
-        """Hash of the files' bytes in their order, and of the size."""
         digest = hashlib.sha256(f'{self._size} {self._resize}'.encode())
         with futures.ThreadPoolExecutor(THREADS) as pool:
-            for part in pool.map(_hash_file, self._files):
-                digest.update(part)
+            for part in pool.map(checksums.sha256, self._files):
+                digest.update(bytes.fromhex(part))
         return digest.hexdigest()
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """See the head of this file.
+        """Yields uint8 [n, H, W, 3] in order.
 
         Raises:
-          ValueError: an image of another size.
-          CorruptImageError: one that cannot be read.
+          ValueError: an image has another size.
+          CorruptImageError: an image cannot be read.
         """
-        return _by_threads(self._read_file, len(self), size)
+        return _read_in_threads(self._read_file, len(self), size)
 
     def _read_file(self, index):
         path = self._files[index]
-        with _opened(path) as image:
-            if not self._resize and image.size != (self._size, self._size):
-                raise ValueError(
-                    f'{path} is {image.size[0]}x{image.size[1]}, others are '
-                    f'{self._size}x{self._size}: give image_size, to which all are '
-                    'cropped and resized'
-                )
-            try:
-                return sources.center_crop(image, self._size, 3)
-            except Exception as error:  # Pillow raises nearly anything.
-                raise _corrupt(path, error) from error
+        with _image(path) as image:
+            size = image.size
+            cropped = image_crop.center_crop(image, self._size, 3)
+        if not self._resize:
+            _check_size(path, size, self._size)
+        return cropped
 
     def _first_side(self):
-        with _opened(self._files[0]) as image:
-            width, height = image.size
-        if width != height:
-            raise ValueError(
-                f'{self._files[0]} is {width}x{height} and no square: give image_size, '
-                'to which all are cropped and resized'
-            )
-        return width
+        with _image(self._files[0]) as image:
+            size = image.size
+        _check_size(self._files[0], size, size[0])
+        return size[0]
 
 
 class NpzImages:
-    """`arr_0` of an NPZ file, read without loading all of it, and never as a pickle.
+    """`arr_0` of an NPZ file, read in parts and never as a pickle.
 
     Raises:
-      ValueError: no such array, or none of uint8 [N, H, W, 3].
+      ValueError: no such array, or it is not uint8 [N, H, W, 3].
     """
 
     def __init__(self, path):
@@ -165,14 +153,14 @@ class NpzImages:
                     self._shape, fortran, dtype = _read_header(file)
         except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f'{path} has no readable images arr_0 ({error}): give a batch of '
-                "ADM's, or fetch it again"
+                f'{path} has no readable images arr_0 ({error}): give an NPZ file in '
+                "ADM's layout, or download it again"
             ) from error
         rgb = len(self._shape) == 4 and self._shape[-1] == 3
         if fortran or dtype != np.uint8 or not rgb:
             raise ValueError(
                 f'{path}: arr_0 is {dtype} {self._shape}, not uint8 [N, H, W, 3] in C '
-                "order; give a batch of ADM's"
+                "order; give an NPZ file in ADM's layout"
             )
         self.description = f'{len(self)} images of {path}'
 
@@ -180,66 +168,63 @@ class NpzImages:
         return self._shape[0]
 
     def digest(self) -> str:
-        return _hash_file(self._path).hex()
+        return checksums.sha256(self._path)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """See the head of this file.
+        """Yields uint8 [n, H, W, 3] in order.
 
         Raises:
           ValueError: the file is damaged.
         """
-        bytes_each = int(np.prod(self._shape[1:]))
+        image_bytes = int(np.prod(self._shape[1:]))
         try:
             with zipfile.ZipFile(self._path) as archive:
                 with archive.open('arr_0.npy') as file:
                     _read_header(file)
                     for start in range(0, len(self), size):
                         count = min(size, len(self) - start)
-                        content = file.read(count * bytes_each)
+                        content = file.read(count * image_bytes)
                         batch = np.frombuffer(content, np.uint8)
                         yield batch.reshape(count, *self._shape[1:])
-                    # At the end of the array zipfile compares its checksum.
-                    if file.read(1):
-                        raise ValueError('arr_0 is longer than its shape')
+                    # zipfile compares the checksum at the end of the array.
+                    file.read(1)
         except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(
-                f'{self._path} is damaged ({error}); fetch it again'
+                f'{self._path} is damaged ({error}); download it again'
             ) from error
 
 
-def _by_threads(read, count, size):
+def _read_in_threads(read, count, size):
+    """Yields stacks of read(0), read(1), ..., read(count - 1)."""
     with futures.ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, count, size):
             yield np.stack(list(pool.map(read, range(start, min(start + size, count)))))
 
 
 def _read_header(file):
-    """Shape, whether in Fortran order, and type, of an NPY file."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f'NPY version {version}')
+    """Shape, whether in Fortran order, and type of an NPY file."""
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    return readers[np.lib.format.read_magic(file)](file)
 
 
-def _hash_file(path) -> bytes:
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').digest()
+def _check_size(path, size, side) -> None:
+    if size != (side, side):
+        raise ValueError(
+            f'{path} is {size[0]}x{size[1]}, not {side}x{side}: crop and resize all '
+            'images to one square size first (image_size does so)'
+        )
 
 
-def _parts(folder, name, root):
-    return Path(folder, name).relative_to(root).parts
-
-
-def _opened(path):
+@contextlib.contextmanager
+def _image(path):
+    """An open image file; any failure to read it is a `CorruptImageError`."""
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            yield image
     except Exception as error:  # Pillow raises nearly anything.
-        raise _corrupt(path, error) from error
-
-
-def _corrupt(path, error):
-    return sources.CorruptImageError(
-        f'{path} cannot be read as an image ({error}); repair or remove it'
-    )
+        raise CorruptImageError(
+            f'{path} cannot be read as an image ({error}); repair or remove it'
+        ) from error

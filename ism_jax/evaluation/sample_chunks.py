@@ -1,37 +1,38 @@
-"""Many samples, part by part on disk: what is made once survives a kill.
+"""A large set of samples on disk, chunk by chunk, so that an evaluation can resume.
 
-A folder holds `chunk-00000.npz` and so on, each with the labels of its samples, what
-the feature networks see in them, and their 8-bit images where these are to be kept.
-Chunk i is of the samples from number `i * size`; each is written whole or not at all,
-so that several processes can share the work, and a later one can go on with it.
+A folder holds `chunk-00000.npz`, `chunk-00001.npz`, ..., each with the labels and the
+features of its samples, and optionally their 8-bit images. Chunk i starts at sample
+`i * size`. Each file is written atomically, so that processes can share the work and a
+later one can resume it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-import io
 from pathlib import Path
 import warnings
 
 import numpy as np
 
 from ism_jax.data import pixels
+from ism_jax.evaluation import padded_batches
 from ism_jax.runtime import files
 
 _LABELS, _IMAGES = 'labels', 'images'
 
 
 class Chunks:
-    """The chunks of a folder.
+    """The chunks of one folder.
 
     Args:
-      folder: for them; made when the first is written.
+      folder: of the files; created with the first.
       labels: [N], of all samples.
-      size: samples of a chunk; the last may have fewer.
+      size: samples per chunk; the last may have fewer.
       keep_images: whether chunks hold the images too.
+
+    Attributes:
+      count: number of chunks.
     """
 
     def __init__(self, folder, labels: np.ndarray, size: int, *, keep_images: bool):
-        if size < 1:
-            raise ValueError(f'size = {size} of a chunk must be at least 1')
         self._keep_images = keep_images
         self._folder = Path(folder)
         self._labels = np.asarray(labels)
@@ -39,90 +40,83 @@ class Chunks:
         self.count = -(-len(self._labels) // size)
 
     def missing(self) -> list[int]:
-        """Numbers of the chunks that are not there."""
+        """Indices of the chunks that are not on disk."""
         return [i for i in range(self.count) if not self._path(i).exists()]
 
-    def samples(self, number: int) -> int:
-        """How many samples a chunk has."""
-        return len(self._of(number))
+    def num_samples(self, index: int) -> int:
+        """Number of samples of a chunk."""
+        return len(self._labels_of(index))
 
     def make(
         self,
-        number: int,
+        index: int,
         sample: Callable[[int, np.ndarray], Iterable[tuple]],
-        look: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+        extract: Callable[[np.ndarray], Mapping[str, np.ndarray]],
         *,
         progress: Callable[[int], object] = lambda count: None,
     ) -> None:
-        """Makes and writes one chunk.
+        """Samples and writes one chunk.
 
         Args:
-          number: of the chunk.
-          sample: from the number of the first sample and all labels to batches of
-            (images [b, H, W, C] in [-1, 1], labels [b]).
-          look: from uint8 images to arrays [b, ...] by name.
-          progress: is told how many samples were made.
+          index: of the chunk.
+          sample: (index of the first sample, labels [n]) -> batches of (images
+            [b, H, W, C] in [-1, 1], labels [b]).
+          extract: uint8 images -> features [b, ...] by name.
+          progress: called with the size of each finished batch.
 
         Raises:
-          ValueError: a sample with NaN.
+          ValueError: a sample holds NaN.
         """
         parts = []
-        for images, label in sample(number * self._size, self._of(number)):
+        for images, label in sample(index * self._size, self._labels_of(index)):
             images = pixels.to_uint8(images)
-            part = dict(look(images)) | {_LABELS: np.asarray(label)}
+            part = dict(extract(images)) | {_LABELS: np.asarray(label)}
             parts.append(part | ({_IMAGES: images} if self._keep_images else {}))
             progress(len(images))
-        out = io.BytesIO()
-        np.savez(out, **{n: np.concatenate([p[n] for p in parts]) for n in parts[0]})
-        files.write_bytes(self._path(number), out.getvalue())
+        files.write_npz(self._path(index), **padded_batches.concatenate(parts))
 
-    def discard_unusable(self) -> list[int]:
-        """Removes chunks that cannot be read, are of other samples, or lack images.
-
-        Returns:
-          Their numbers.
-        """
-        removed = []
-        for number in range(self.count):
-            path = self._path(number)
+    def discard_unusable(self) -> None:
+        """Removes chunks that are damaged, have other labels, or lack images."""
+        for index in range(self.count):
+            path = self._path(index)
             if not path.exists():
                 continue
             try:
-                # A zip archive: every array has a checksum, which reading verifies.
+                # Reading a zip archive verifies the checksum of every array.
                 with np.load(path, allow_pickle=False) as file:
                     arrays = {name: file[name] for name in file.files}
-                whole = np.array_equal(arrays[_LABELS], self._of(number))
-                whole &= _IMAGES in arrays or not self._keep_images
+                usable = np.array_equal(arrays[_LABELS], self._labels_of(index))
+                usable &= _IMAGES in arrays or not self._keep_images
             except Exception:  # pylint: disable=broad-exception-caught
-                whole = False  # Damaged bytes surface as many kinds of error.
-            if not whole:
-                warnings.warn(f'{path} is not whole: it is made again', stacklevel=2)
+                usable = False  # Damaged bytes surface as many kinds of error.
+            if not usable:
+                warnings.warn(
+                    f'{path} is damaged or incomplete: it is recomputed', stacklevel=2
+                )
                 path.unlink()
-                removed.append(number)
-        return removed
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        """What was seen in all samples, by name, in their order."""
+    def features(self) -> dict[str, np.ndarray]:
+        """The features of all samples by name, in order."""
         parts = []
-        for number in range(self.count):
-            with np.load(self._path(number), allow_pickle=False) as file:
+        for index in range(self.count):
+            with np.load(self._path(index), allow_pickle=False) as file:
                 names = [n for n in file.files if n not in (_LABELS, _IMAGES)]
                 parts.append({name: file[name] for name in names})
-        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return padded_batches.concatenate(parts)
 
     def images(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Images, uint8 [n, H, W, C], and labels, chunk by chunk."""
-        for number in range(self.count):
-            with np.load(self._path(number), allow_pickle=False) as file:
+        """Yields images, uint8 [n, H, W, C], and labels [n], chunk by chunk."""
+        for index in range(self.count):
+            with np.load(self._path(index), allow_pickle=False) as file:
                 yield file[_IMAGES], file[_LABELS]
 
     def remove(self) -> None:
-        """Removes all chunks."""
-        for number in range(self.count):
-            self._path(number).unlink(missing_ok=True)
+        """Deletes all chunks."""
+        for index in range(self.count):
+            self._path(index).unlink(missing_ok=True)
 
-    def _of(self, number):
-        return self._labels[number * self._size : (number + 1) * self._size]
+    def _labels_of(self, index):
+        return self._labels[index * self._size : (index + 1) * self._size]
 
-    def _path(self, number) -> Path:
-        return self._folder / f'chunk-{number:05d}.npz'
+    def _path(self, index) -> Path:
+        return self._folder / f'chunk-{index:05d}.npz'

@@ -1,4 +1,4 @@
-"""Samples in the files that other programs score: ADM's NPZ, and a folder of PNGs.
+"""Samples in the formats that other programs score: ADM's NPZ, and a folder of PNGs.
 
 ADM's evaluation (Dhariwal and Nichol, arXiv 2105.05233) reads `arr_0`, uint8
 [N, H, W, 3], and `arr_1`, the labels; torch-fidelity and pytorch-fid read a folder.
@@ -17,11 +17,11 @@ from ism_jax.sampling import image_grid
 def write_npz(
     folder, parts: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
 ) -> str:
-    """Writes an NPZ file of any length, whole or not at all.
+    """Writes an NPZ file in ADM's layout atomically, without loading all samples.
 
     Args:
-      folder: it is written to.
-      parts: yields (images uint8 [n, H, W, 1 or 3], labels [n]), at each call the same;
+      folder: to write to.
+      parts: yields (images uint8 [n, H, W, 1 or 3], labels [n]), the same at each call;
         grey becomes three equal channels.
 
     Returns:
@@ -57,7 +57,7 @@ def write_pngs(
     """Writes `00000000.png`, `00000001.png`, ... in the order of the samples.
 
     Args:
-      folder: for nothing but these.
+      folder: to write to; it should hold no other files.
       parts: see `write_npz`.
     """
     number = 0

@@ -1,57 +1,72 @@
-"""Scores samples by a small classifier, against the images of a source."""
+"""Scores samples by a small classifier that is trained on the real images.
 
-from collections.abc import Callable, Sequence
+The scores are the Frechet distance of the classifier's features, and its accuracy on
+the samples' labels.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 import json
+import math
 import operator
 from pathlib import Path
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
 
-from ism_jax.evaluation import classifier, scores
+from ism_jax.data import pixels
+from ism_jax.evaluation import classifier, frechet_distance, records, score_table
 from ism_jax.method import time_grid
 from ism_jax.sampling.sampler import Sampler
 
-# Real images that are looked at: enough for 64 features, and in memory at once.
+# Real images to train on and compare with: enough for 64 features, and they fit in
+# memory.
 MAX_REAL_IMAGES = 20_000
+MIN_REAL_IMAGES = 20  # A tenth is held out, and its covariance needs two.
 
 
 class SampleScorer:
     """Scores samples against the images of a source.
 
     Args:
-      source: see `ism_jax.data.sources`.
-      sampler: makes the samples.
-      cache_dir: where the classifier is kept.
+      source: real images, see `ism_jax.data.sources`.
+      sampler: draws the samples.
+      cache_dir: folder of the classifier's file.
       seed: of the samples' noise and of the choice of real images.
-      show: is told in words what is done.
+      log: called with progress messages.
 
     Attributes:
-      floor: scores of held-out real images, against the same reference.
+      floor: scores of held-out real images against the same reference.
+      reference: describes the real images.
     """
 
     def __init__(
-        self, source, sampler: Sampler, *, cache_dir, seed: int,
-        show: Callable[[str], Any] = print,
-    ):  # fmt: skip
+        self,
+        source,
+        sampler: Sampler,
+        *,
+        cache_dir,
+        seed: int,
+        log: Callable[[str], Any] = print,
+    ):
+        if len(source) < MIN_REAL_IMAGES:
+            raise ValueError(
+                f'{source!r} has {len(source)} images, but scores need at least '
+                f'{MIN_REAL_IMAGES}: add images, or turn scores off'
+            )
         order = np.random.default_rng(seed).permutation(len(source))[:MAX_REAL_IMAGES]
-        records = [source[int(index)] for index in order]
-        images = np.stack([record['image'] for record in records])
-        labels = np.asarray([record['label'] for record in records])
+        examples = [source[int(index)] for index in order]
+        images = np.stack([example['image'] for example in examples])
+        labels = np.asarray([example['label'] for example in examples])
         self.num_classes = len(source.class_names)
-        features = classifier.load_or_train(
-            images,
-            labels,
-            num_classes=self.num_classes,
-            cache_dir=cache_dir,
-            report=show,
+        self._classifier = classifier.load_or_train(
+            images, labels, num_classes=self.num_classes, cache_dir=cache_dir, log=log
         )
-        reference, held_out = classifier.split(len(images))
-        statistics = scores.reference_statistics(features, images[reference])
-        self._evaluator = scores.Evaluator(features, statistics)
-        self.floor = self._evaluator.evaluate([(images[held_out], labels[held_out])])
-        self.reference = f'{len(reference):,} real images of {source!r}'
+        kept, held_out = classifier.split(len(images))
+        self._statistics = feature_statistics(self._classifier, images[kept])
+        self.floor = self.score([(images[held_out], labels[held_out])])
+        self.reference = f'{len(kept):,} real images of {source!r}'
         self._sampler = sampler
         self._seed = seed
 
@@ -64,9 +79,14 @@ class SampleScorer:
         samples: int,
         noise_seed: int | None = None,
     ) -> dict:
-        """Scores one setting; every class is sampled equally often.
+        """The record of one setting; every class is sampled equally often.
 
-        `noise_seed` is of the samples' noise, where it is not the scorer's seed.
+        Args:
+          params: inference EMA parameters.
+          steps: number of sampling steps.
+          guidance: guidance scale w.
+          samples: number of samples, at least 2.
+          noise_seed: seed of the samples' noise; None for the scorer's seed.
         """
         batches = self._sampler.batches(
             params,
@@ -75,8 +95,63 @@ class SampleScorer:
             guidance=guidance,
             schedule=time_grid.dyadic_schedule(steps, self._sampler.base_steps),
         )
-        record = {'steps': steps, 'guidance': guidance}
-        return record | self._evaluator.evaluate(batches)
+        return {'steps': steps, 'guidance': guidance} | self.score(batches)
+
+    def score(self, batches: Iterable[tuple]) -> dict[str, float | int]:
+        """The scores of all images together, rounded to 8 bits as real images are.
+
+        Args:
+          batches: of images [b, H, W, C] in [-1, 1] or uint8, and labels [b].
+
+        Returns:
+          `fd`, the squared Frechet distance to the reference; `accuracy`, the fraction
+          classified as their label; `samples`, their number. If the model diverged, a
+          score must not end its training: an image with NaN counts as misclassified,
+          makes `fd` NaN and causes a warning.
+        """
+        statistics = frechet_distance.FeatureStatistics(self._statistics.num_features)
+        samples = num_nan = correct = 0
+        for images, labels in batches:
+            images = np.asarray(images)
+            samples += len(images)
+            valid = _without_nan(images)
+            num_nan += len(images) - int(valid.sum())
+            if not valid.any():
+                continue
+            out = self._classifier(_round(images[valid]))
+            statistics.update(out['features'])
+            predicted = out['logits'].argmax(axis=1)
+            correct += int((predicted == np.asarray(labels)[valid]).sum())
+        if num_nan:
+            warnings.warn(
+                f'{num_nan} of {samples} samples hold NaN, so fd is NaN: the model or '
+                'the sampler diverged',
+                stacklevel=2,
+            )
+            fd = math.nan
+        else:
+            fd = frechet_distance.frechet_distance(statistics, self._statistics)
+        return {'fd': fd, 'accuracy': correct / samples, 'samples': samples}
+
+
+def feature_statistics(
+    feature_function, images, *, batch_size: int = 250
+) -> frechet_distance.FeatureStatistics:
+    """Statistics of the features of real images, rounded to 8 bits.
+
+    Args:
+      feature_function: float32 images in [-1, 1] -> a dict with `features`, [b, F].
+      images: [N, H, W, C], floating in [-1, 1] or uint8, N >= 1.
+      batch_size: images per call.
+    """
+    statistics = None
+    for start in range(0, len(images), batch_size):
+        batch = _round(images[start : start + batch_size])
+        features = np.asarray(feature_function(batch)['features'])
+        if statistics is None:
+            statistics = frechet_distance.FeatureStatistics(features.shape[1])
+        statistics.update(features)
+    return statistics
 
 
 def score_settings(
@@ -88,14 +163,27 @@ def score_settings(
     guidance: Sequence[float],
     samples: int,
     workdir,
-    show: Callable[[str], Any] = print,
+    log: Callable[[str], Any] = print,
 ) -> list[dict]:
-    """Scores every pair of steps and guidance; shows a table, writes scores.json.
+    """Scores every pair of steps and guidance, and writes and logs the results.
 
-    Records of earlier evaluations stay in the file, but for those of the same cell,
-    number of samples and `trained_steps`, the training steps of `params`.
+    They are added to `scores.json`, where they replace earlier records of the same
+    steps, guidance, number of samples and `trained_steps`.
+
+    Args:
+      scorer: of the run.
+      params: inference EMA parameters.
+      trained_steps: training steps of `params`.
+      steps: numbers of sampling steps.
+      guidance: guidance scales w.
+      samples: number of samples of each pair.
+      workdir: folder of `scores.json`.
+      log: called with the table.
+
+    Returns:
+      The new records.
     """
-    records = [
+    new = [
         scorer(params, steps=number, guidance=float(w), samples=samples)
         | {'trained_steps': trained_steps}
         for number in steps
@@ -103,10 +191,25 @@ def score_settings(
     ]
     path = Path(workdir) / 'scores.json'
     earlier = json.loads(path.read_text()) if path.exists() else []
-    cell = operator.itemgetter('trained_steps', 'samples', 'steps', 'guidance')
-    again = {cell(record) for record in records}
-    kept = [record for record in earlier if cell(record) not in again]
-    scores.write_records(path, kept + records)
-    table = scores.format_table(records, floor=scorer.floor, reference=scorer.reference)
-    show(f'\n{table}\n')
-    return records
+    setting = operator.itemgetter('trained_steps', 'samples', 'steps', 'guidance')
+    replaced = {setting(record) for record in new}
+    kept = [record for record in earlier if setting(record) not in replaced]
+    records.write_records(path, kept + new)
+    table = score_table.classifier_table(
+        new, floor=scorer.floor, reference=scorer.reference
+    )
+    log(f'\n{table}\n')
+    return new
+
+
+def _round(images):
+    """float32 in [-1, 1], rounded to 8 bits."""
+    return pixels.to_float(pixels.to_uint8(images))
+
+
+def _without_nan(images):
+    """[B] bool."""
+    if images.dtype == np.uint8:
+        return np.ones(len(images), bool)
+    values = images.astype(np.float32).reshape(len(images), -1)
+    return ~np.isnan(values).any(axis=1)

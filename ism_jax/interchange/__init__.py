@@ -1,0 +1,1 @@
+"""Networks in the files of other projects and in our portable folders."""

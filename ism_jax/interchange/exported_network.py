@@ -1,14 +1,12 @@
-"""A network in a folder: `model.safetensors` and `config.json`, for any program.
+"""A network in a folder that any program can read: weights and a description.
 
-`model.safetensors` holds float32 tensors. Their names are the paths in the tree of
-parameters, joined with '/'; layers are stacked on the first axis of `blocks/...`,
-kernels are [inputs, outputs]. Its metadata say the format and its version, and keep
-the SHA-256 of the tensors and of `config.json`, so that a file that was damaged,
-edited or mixed up is refused.
+`model.safetensors` holds float32 tensors. Their names are the paths in the parameter
+tree, joined with '/'; layers are stacked on the first axis of `blocks/...`, and kernels
+are [inputs, outputs]. Its metadata hold the format, the version, and the SHA-256 of the
+tensors and of `config.json`, so that a damaged, edited or mismatched file is detected.
 
-`config.json` holds the resolved config, names of the classes, shape of the images, the
-steps trained, where the network comes from, what it predicts, and the modules that are
-not in the file because they are to start afresh.
+`config.json` holds the resolved config, which this module does not interpret, and the
+other fields of `ExportedNetwork`.
 """
 
 from collections.abc import Sequence
@@ -19,41 +17,43 @@ from typing import Any, NamedTuple
 
 from flax import traverse_util
 import jax
-import ml_collections
 import numpy as np
 import safetensors.numpy
 
-from ism_jax import config as config_lib
-from ism_jax import experiment
-from ism_jax.interchange import tensor_file
+from ism_jax.interchange import tensor_file, tensor_shapes
 from ism_jax.models import sit
 from ism_jax.runtime import files
 
 TENSORS, CONFIG = 'model.safetensors', 'config.json'
 FORMAT, VERSION = 'ism_jax', '1'
-# Fields of the network that change what the same parameters compute; no shape shows
+# Attributes of the model that change what the same parameters compute. No shape shows
 # the first two.
 FUNCTION_FIELDS = (
-    'time_scale', 'num_heads', 'patch_size', 'hidden_size', 'depth', 'mlp_ratio',
+    'time_scale',
+    'num_heads',
+    'patch_size',
+    'hidden_size',
+    'depth',
+    'mlp_ratio',
     'step_embedding',
-)  # fmt: skip
+)
 
 
-class Network(NamedTuple):
-    """What a folder holds.
+class ExportedNetwork(NamedTuple):
+    """The content of a folder.
 
     Attributes:
-      config: of the run, or of the network alone where it was converted.
+      config: resolved config of the run or the conversion, as `json` reads it.
       params: by module; float32 NumPy arrays when read.
-      step: how many steps ism_jax trained it.
-      class_names: of the labels.
+      step: number of steps that ism_jax trained the network.
+      class_names: names of the labels, in order.
       image_shape: (H, W, C).
-      origin: where it comes from, in words.
-      predicts: 'velocity', or 'noise' where it can only start a training.
-      fresh: modules that are missing in `params`, to be initialised.
+      origin: description of the source.
+      predicts: 'velocity', or 'noise' if the network can only initialise a training.
+      fresh: modules that are missing in `params` and to be initialised.
     """
 
-    config: ml_collections.ConfigDict
+    config: dict[str, Any]
     params: dict[str, Any]
     step: int
     class_names: tuple[str, ...]
@@ -62,27 +62,29 @@ class Network(NamedTuple):
     predicts: str = 'velocity'
     fresh: tuple[str, ...] = ()
 
-    def model(self) -> sit.SiT:
-        return experiment.make_model(self.config, len(self.class_names))
-
 
 def exists(folder) -> bool:
-    """Whether the folder holds a network, whole or not."""
+    """Whether the folder holds an exported network, complete or not."""
     return any((Path(folder) / name).exists() for name in (TENSORS, CONFIG))
 
 
-def write(folder, network: Network) -> None:
+def write(folder, network: ExportedNetwork, model: sit.SiT) -> None:
     """Writes both files.
 
+    Args:
+      folder: created if missing.
+      network: see `ExportedNetwork`.
+      model: the network that `network.config` describes.
+
     Raises:
-      ValueError: the folder is that of a run, or the parameters are not those of the
-        network that the config describes.
+      ValueError: the folder is that of a run, or the parameters do not fit the model.
     """
     folder = Path(folder)
     if (folder / 'run.json').exists():
         raise ValueError(f'{folder} holds a run; give another folder to write to')
+    check_params(network, model, folder)
     content = {
-        'config': json.loads(config_lib.to_json(network.config)),
+        'config': network.config,
         'class_names': list(network.class_names),
         'image_shape': list(network.image_shape),
         'step': int(network.step),
@@ -95,57 +97,52 @@ def write(folder, network: Network) -> None:
         name: np.ascontiguousarray(leaf)
         for name, leaf in _flatten(jax.device_get(network.params)).items()
     }
-    check_params(network, network.model(), network.image_shape, folder)
     metadata = {
         'format': FORMAT,
         'version': VERSION,
         'config_sha256': hashlib.sha256(text).hexdigest(),
-        'tensors_sha256': digest(tensors),
+        'tensors_sha256': _digest(tensors),
     }
     files.write_bytes(folder / TENSORS, safetensors.numpy.save(tensors, metadata))
     files.write_bytes(folder / CONFIG, text)
 
 
-def read(folder) -> Network:
-    """Reads what `write` wrote.
+def read(folder) -> ExportedNetwork:
+    """Reads what `write` wrote; `check_params` compares it with a model.
 
     Raises:
-      ValueError: a file is missing, damaged, edited, of another program or of a newer
-        version.
+      ValueError: a file is missing, damaged, edited, of another program or of another
+        version of the format.
     """
     folder = Path(folder)
-    for name in (TENSORS, CONFIG):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f'{folder} holds no exported network: there is no {name}; give a '
-                'folder that python -m ism_jax.convert wrote'
-            )
-    tensors, metadata = tensor_file.read_safetensors(folder / TENSORS)
-    if metadata.get('format') != FORMAT:
+    missing = [name for name in (TENSORS, CONFIG) if not (folder / name).is_file()]
+    if missing:
         raise ValueError(
-            f'{folder / TENSORS} was not written by ism_jax (its format is '
-            f'{metadata.get("format")!r}); python -m ism_jax.convert takes checkpoints '
-            'of other programs'
+            f'{folder} holds no exported network: there is no {missing[0]}; give a '
+            'folder that python -m ism_jax.convert wrote'
         )
-    if metadata.get('version') != VERSION:
+    tensors, metadata = tensor_file.read_safetensors(folder / TENSORS)
+    found = metadata.get('format'), metadata.get('version')
+    if found != (FORMAT, VERSION):
         raise ValueError(
-            f'{folder / TENSORS} is of version {metadata.get("version")!r} of the '
-            f'format, and this program reads {VERSION!r}; use the ism_jax that wrote it'
+            f'{folder / TENSORS} has the format {found[0]!r}, version {found[1]!r}, '
+            f'instead of {FORMAT!r}, version {VERSION!r}; use the ism_jax that wrote '
+            'it, or convert the checkpoint with python -m ism_jax.convert'
         )
     text = (folder / CONFIG).read_bytes()
-    if hashlib.sha256(text).hexdigest() != metadata.get('config_sha256'):
-        raise ValueError(
-            f'{folder / CONFIG} is not the one that {TENSORS} was written with: it was '
-            'edited, truncated or belongs to another network; export again'
-        )
-    if digest(tensors) != metadata.get('tensors_sha256'):
-        raise ValueError(
-            f'the tensors of {folder / TENSORS} are not those that were written: the '
-            'file was edited or damaged; export again'
-        )
+    digests = {
+        CONFIG: (hashlib.sha256(text).hexdigest(), metadata.get('config_sha256')),
+        TENSORS: (_digest(tensors), metadata.get('tensors_sha256')),
+    }
+    for name, (digest, expected) in digests.items():
+        if digest != expected:
+            raise ValueError(
+                f'{folder / name} is not as it was written: it was edited, damaged or '
+                'belongs to another network; export again'
+            )
     content = json.loads(text)
-    network = Network(
-        config=config_lib.from_json(json.dumps(content['config'])),
+    return ExportedNetwork(
+        config=content['config'],
         params=traverse_util.unflatten_dict(tensors, sep='/'),
         step=content['step'],
         class_names=tuple(content['class_names']),
@@ -154,30 +151,30 @@ def read(folder) -> Network:
         predicts=content['predicts'],
         fresh=tuple(content['fresh']),
     )
-    check_params(network, network.model(), network.image_shape, folder)
-    return network
 
 
-def initialised(network: Network) -> dict[str, Any]:
-    """All parameters: those of the network, and its fresh modules at d = 0, w = 0.
+def initialised(network: ExportedNetwork, model: sit.SiT) -> dict[str, Any]:
+    """All parameters of the model: those of the network, and its fresh modules.
 
-    The fresh ones are the same every time; a training draws its own.
+    The fresh modules are always initialised with the same key; a training draws its
+    own. They have no effect at d = 0, w = 0.
     """
-    model, shape, names = network.model(), network.image_shape, network.fresh
 
-    @jax.jit  # Makes these modules alone.
+    @jax.jit  # So that the other modules are not computed.
     def make(key):
-        params = sit.init_params(model, shape, key)
-        return {name: params[name] for name in names}
+        params = sit.init_params(model, network.image_shape, key)
+        return {name: params[name] for name in network.fresh}
 
     return {**network.params, **make(jax.random.key(0))}
 
 
-def with_classes(network: Network, class_names: Sequence[str]) -> Network:
-    """The network for data of other classes; as it is where they are as many.
+def with_classes(
+    network: ExportedNetwork, class_names: Sequence[str]
+) -> ExportedNetwork:
+    """The network for data of other classes; unchanged if their number is the same.
 
-    Each new class begins as no class, which the network knows: without labels it
-    computes what it did.
+    Each new class embedding starts as the null embedding, so that the network computes
+    its unconditional velocity for every label.
     """
     table = network.params.get('class_embedding')
     if table is None or len(class_names) == len(network.class_names):
@@ -191,60 +188,68 @@ def with_classes(network: Network, class_names: Sequence[str]) -> Network:
 
 
 def check_start(
-    network: Network, model: sit.SiT, image_shape: tuple[int, int, int], folder
+    network: ExportedNetwork,
+    own_model: sit.SiT,
+    model: sit.SiT,
+    image_shape: tuple[int, int, int],
+    folder,
 ) -> None:
-    """Whether `model` can start from the network and then computes the same.
+    """Checks that `model` computes the same as the network with its parameters.
 
-    Images may have another side: positions are not learned. For other classes see
-    `with_classes`.
+    Images may have another side, because positions are not learned. For other classes
+    see `with_classes`.
+
+    Args:
+      network: parameters to start from.
+      own_model: the model that `network.config` describes.
+      model: the model to be trained.
+      image_shape: (H, W, C) of the data to be trained on.
+      folder: of the network, for messages.
 
     Raises:
-      ValueError: naming the first field or parameter that differs.
+      ValueError: an attribute of the model or a parameter differs.
     """
-    theirs = network.model()
     for name in FUNCTION_FIELDS:
-        mine, other = getattr(model, name), getattr(theirs, name)
-        if mine == other or name in network.fresh:
-            continue
-        raise ValueError(
-            f'model.{name} = {mine!r}, but the network in {folder} has {other!r}; set '
-            f'--config.model.{name}={other!r}, or train.init_from to another network'
-        )
-    check_params(network, model, image_shape, folder)
+        value, expected = getattr(model, name), getattr(own_model, name)
+        if value != expected and name not in network.fresh:
+            raise ValueError(
+                f'{name} = {value!r}, but the network in {folder} has {expected!r}; '
+                f'set {name} = {expected!r}, or start from another network'
+            )
+    check_params(network._replace(image_shape=image_shape), model, folder)
 
 
-def check_params(
-    network: Network, model: sit.SiT, image_shape: tuple[int, int, int], folder
-) -> None:
-    """Whether parameters, but for the fresh modules, are those of the model.
+def check_params(network: ExportedNetwork, model: sit.SiT, folder) -> None:
+    """Checks that the parameters are those of the model, except for fresh modules.
 
     Raises:
-      ValueError: naming the first parameter that is not, with shapes.
+      ValueError: a parameter is missing, unknown, of another shape or not float32.
     """
-    abstract = sit.abstract_params(model, image_shape)
-    expected = _flatten({n: t for n, t in abstract.items() if n not in network.fresh})
-    given = _flatten(network.params)
-    for name in sorted(expected.keys() | given.keys()):
-        shapes = [
-            f'{tuple(tree[name].shape)} {tree[name].dtype}'
-            if name in tree
-            else 'missing'
-            for tree in (given, expected)
-        ]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f'{name} is {shapes[0]} in the network of {folder}, and {shapes[1]} in '
-                f'the model that its config, or yours, describes for images of '
-                f'{tuple(image_shape)}'
-            )
+    abstract = sit.abstract_params(model, network.image_shape)
+    expected = {n: tree for n, tree in abstract.items() if n not in network.fresh}
+
+    def describe(params):
+        return {
+            name: f'{tuple(leaf.shape)} {leaf.dtype}'
+            for name, leaf in _flatten(params).items()
+        }
+
+    tensor_shapes.check(
+        describe(network.params),
+        describe(expected),
+        source=f'the network of {folder}',
+        network=f'the model for images of {tuple(network.image_shape)}',
+        advice='use a network with the sizes and classes of the model',
+    )
 
 
-def _flatten(params) -> dict[str, Any]:
-    return traverse_util.flatten_dict(params, sep='/')
+def params_digest(params) -> str:
+    """SHA-256 of a parameter tree, equal to that of the file that `write` makes."""
+    return _digest({name: np.asarray(leaf) for name, leaf in _flatten(params).items()})
 
 
-def digest(tensors: dict[str, np.ndarray]) -> str:
-    """SHA-256 of arrays with their names, types and shapes, hexadecimal."""
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 of arrays with their names, dtypes and shapes, hexadecimal."""
     content = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name]
@@ -253,6 +258,5 @@ def digest(tensors: dict[str, np.ndarray]) -> str:
     return content.hexdigest()
 
 
-def params_digest(params) -> str:
-    """`digest` of a tree of parameters: that of the file that `write` makes of it."""
-    return digest({n: np.asarray(leaf) for n, leaf in _flatten(params).items()})
+def _flatten(params) -> dict[str, Any]:
+    return traverse_util.flatten_dict(params, sep='/')

@@ -1,9 +1,9 @@
-"""Files of named tensors, read without running anything that is in them.
+"""Reads files of named tensors without running code that they contain.
 
-A `.safetensors` file holds numbers only. A `.pt` file is a pickle, which is a program:
-it is read with PyTorch's `weights_only`, which builds tensors and refuses the rest, and
-not at all with a PyTorch in which that refusal could be got round. Other pickles are
-refused.
+A `.safetensors` file holds only numbers. A `.pt` file is a pickle, that is, a program:
+it is read with PyTorch's `weights_only`, which builds tensors and rejects everything
+else, and only with versions of PyTorch in which this protection cannot be bypassed.
+Other pickles are rejected.
 """
 
 import argparse
@@ -11,19 +11,20 @@ from pathlib import Path
 import re
 import zipfile
 
-import ml_dtypes  # noqa: F401  (comes with JAX; makes NumPy know bfloat16)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 import safetensors
 
 TORCH_SUFFIXES = ('.pt', '.pth', '.ckpt', '.bin')
-# Earlier ones ran code of a crafted file in spite of weights_only (CVE-2025-32434).
+# Earlier versions ran code of a crafted file despite weights_only (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 INSTALL_TORCH = 'pip install torch (the CPU build is enough, see pytorch.org)'
-# Where training programs nest the tensors; the first that is there is read.
+# Keys under which training programs save the tensors; the first one found is read.
 NESTINGS = ('ema', 'model', 'state_dict')
-PARALLEL_PREFIX = 'module.'  # Of every name, where DistributedDataParallel was saved.
-# Of the batches that a batch norm of PyTorch has seen: an integer, and no weight.
+PARALLEL_PREFIX = 'module.'  # DistributedDataParallel adds it to every name.
+# Number of batches that a batch norm of PyTorch was updated with; not a weight.
 BATCH_COUNTER = 'num_batches_tracked'
+FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 
 
 def read(path) -> tuple[dict[str, np.ndarray], str]:
@@ -33,12 +34,12 @@ def read(path) -> tuple[dict[str, np.ndarray], str]:
       path: ends in `.safetensors` or one of `TORCH_SUFFIXES`.
 
     Returns:
-      {name: float32 array} without counters of batch norms, and which tree of the file
-      that is: one of `NESTINGS`, or '' where the tensors are not nested.
+      {name: float32 array}, without the counters of batch norms, and the key of
+      `NESTINGS` under which the tensors were found ('' if they are not nested).
 
     Raises:
-      ValueError: no such file, another format, a damaged file, one that holds more
-        than tensors of floating-point numbers, or a PyTorch that is missing or unsafe.
+      ValueError: the file is missing, damaged, of another format or holds more than
+        floating-point tensors, or PyTorch is missing or unsafe.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,17 +51,18 @@ def read(path) -> tuple[dict[str, np.ndarray], str]:
     else:
         raise ValueError(
             f'{path} is not a .safetensors or {"/".join(TORCH_SUFFIXES)} file; other '
-            'formats are not read: a pickle would run what is in it. The owner of a '
-            'trusted file can write its tensors with safetensors.numpy.save_file'
+            'formats are not read, because a pickle runs any code that is in it. The '
+            'owner of a trusted file can write its tensors with '
+            'safetensors.numpy.save_file'
         )
     if tensors and all(name.startswith(PARALLEL_PREFIX) for name in tensors):
         tensors = {n.removeprefix(PARALLEL_PREFIX): a for n, a in tensors.items()}
     tensors = {n: a for n, a in tensors.items() if n.split('.')[-1] != BATCH_COUNTER}
     for name, array in tensors.items():
-        if array.dtype.name not in ('float16', 'bfloat16', 'float32', 'float64'):
+        if array.dtype.name not in FLOATS:
             raise ValueError(
-                f'{path}: {name} is of {array.dtype}; weights are floating-point '
-                'numbers of 16, 32 or 64 bits'
+                f'{path}: {name} has the dtype {array.dtype}; weights must have one '
+                f'of {", ".join(FLOATS)}'
             )
     return {name: array.astype(np.float32) for name, array in tensors.items()}, tree
 
@@ -78,25 +80,25 @@ def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     except (OSError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(
             f'{path} cannot be read as safetensors ({error}): it is truncated or of '
-            'another format; fetch or write it again'
+            'another format; download or write it again'
         ) from error
 
 
 def _read_torch(path: Path) -> tuple[str, dict[str, np.ndarray]]:
-    torch = _safe_torch(path)
+    torch = _import_torch(path)
     try:
         # The training programs of SiT and DiT save their command line, a Namespace,
-        # beside the weights; it is built without running anything.
+        # beside the weights; building it runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(
                 path,
                 map_location='cpu',
                 weights_only=True,
-                # So that the optimizer's state, if there, is never read.
+                # So that the optimizer state, if present, is never read.
                 mmap=zipfile.is_zipfile(path),
             )
-    except Exception as error:  # A foreign file can make it raise anything.
-        # PyTorch's own words go on with how to switch the protection off.
+    except Exception as error:  # A file from outside can raise any type.
+        # The rest of PyTorch's message explains how to disable the protection.
         found = re.search(r'unsupported .*?(?=\n|\. |$)', str(error), re.IGNORECASE)
         reason = found[0] if found else str(error).split('.')[0] or 'it is empty'
         raise ValueError(
@@ -110,41 +112,37 @@ def _read_torch(path: Path) -> tuple[str, dict[str, np.ndarray]]:
         nested = (name for name in NESTINGS if isinstance(content.get(name), dict))
         tree = next(nested, '')
         content = content[tree] if tree else content
-    if not isinstance(content, dict):
-        raise ValueError(
-            f'{path} holds a {type(content).__name__}, not named tensors; save a '
-            'state_dict'
-        )
-    for name, value in content.items():
+    named = content.items() if isinstance(content, dict) else [('content', content)]
+    for name, value in named:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(
-                f'{path}: {name!r} is a {type(value).__name__} where a tensor was '
-                f'expected; save a state_dict, alone or under {", ".join(NESTINGS)}'
+                f'{path}: {name!r} is of type {type(value).__name__} instead of a '
+                f'tensor; save a state_dict, alone or under {", ".join(NESTINGS)}'
             )
-    # NumPy has no bfloat16 that PyTorch knew of.
+    # PyTorch cannot convert bfloat16 to NumPy.
     return tree, {
         name: (v.float() if v.is_floating_point() else v).detach().numpy()
-        for name, v in content.items()
+        for name, v in named
     }
 
 
-def _safe_torch(path: Path):
-    """The module torch.
-
-    Raises:
-      ValueError: it is missing, or not safe to read a foreign file with.
-    """
+def _import_torch(path: Path):
+    """The module torch."""
     try:
         import torch
-    except ImportError as error:
+
+        version = torch.__version__
+    except ImportError:
+        version = ''
+    numbers = re.match(r'(\d+)\.(\d+)', version)
+    if not numbers or tuple(map(int, numbers.groups())) < SAFE_TORCH:
+        problem = (
+            f'PyTorch {version} cannot read it safely (CVE-2025-32434)'
+            if version
+            else 'PyTorch is not installed'
+        )
         raise ValueError(
-            f'{path} can only be read with PyTorch, which is not installed; run '
-            f'{INSTALL_TORCH}, or give the tensors as .safetensors'
-        ) from error
-    numbers = re.match(r'(\d+)\.(\d+)', torch.__version__).groups()
-    if tuple(map(int, numbers)) < SAFE_TORCH:
-        raise ValueError(
-            f'PyTorch {torch.__version__} cannot read {path} safely (CVE-2025-32434); '
-            f'install {".".join(map(str, SAFE_TORCH))} or newer: {INSTALL_TORCH}'
+            f'{path} cannot be read: {problem}; run {INSTALL_TORCH} for version '
+            f'{".".join(map(str, SAFE_TORCH))} or newer, or give a .safetensors file'
         )
     return torch

@@ -1,11 +1,30 @@
-"""Random streams: every draw is a function of (seed, domain, number)."""
+"""Random streams: every draw is a function of (seed, domain, number).
+
+`stream` folds the domain, then the number, into the key of the seed.
+
+Sample grids once drew their noise from `key(seed)` itself. Its `fold_in(0)` gives both
+noise 0 of such a grid and the parent of the INIT stream; SAMPLES separates the two.
+"""
 
 import jax
 
-# Domains of randomness under the seed key; each has its own stream.
-INIT, OBJECTIVE, NOISE = range(3)
+# Domains of randomness. Their order is fixed: a checkpoint resumes with the same draws.
+INIT, OBJECTIVE, NOISE, SAMPLES = range(4)
 
 
-def stream(seed_key: jax.Array, domain: int, number) -> jax.Array:
-    """Key of one domain of randomness at a step or pool number."""
+def stream(seed_key: jax.Array, domain: int, number: int | jax.Array) -> jax.Array:
+    """Key of one domain at a number: a step for OBJECTIVE, a pool for NOISE."""
     return jax.random.fold_in(jax.random.fold_in(seed_key, domain), number)
+
+
+def sample_noise(
+    key: jax.Array, numbers: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    """Standard normal noise by number, [len(numbers), *shape].
+
+    Noise i is `normal(fold_in(key, i), shape)`. It does not depend on the other
+    numbers, so any process can recompute it from the key alone.
+    """
+    return jax.vmap(
+        lambda number: jax.random.normal(jax.random.fold_in(key, number), shape)
+    )(numbers)

@@ -1,10 +1,12 @@
-"""Parts of a batch that serve different terms of a loss, and one call for them all.
+"""A training batch, split among the terms of a loss and joined for one network call.
 
-The parts are dealt in a pattern that repeats along the batch, so a batch that is split
-over devices is split over the terms on each device alike, and no sample moves.
+The split is a pattern of `sum(shares)` samples that repeats along the batch. When the
+batch is sharded, each device holds every term in the same ratio, and neither splitting
+nor joining moves samples between devices.
 """
 
 from collections.abc import Sequence
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 
 
 class Batch(NamedTuple):
-    """One batch of pairs, paired by transport.
+    """One batch of (noise, data) pairs.
 
     Attributes:
       noise: x0, [B, H, W, C], standard normal.
@@ -26,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the network sees: x [B, H, W, C], the rest [B]."""
+    """Inputs of the network: x [B, H, W, C]; t, d, w, label [B]."""
 
     x: jax.Array
     t: jax.Array
@@ -36,42 +38,49 @@ class Inputs(NamedTuple):
 
 
 def split(batch: NamedTuple, shares: Sequence[int]) -> list[NamedTuple]:
-    """Deals the samples to the parts in the ratio of `shares`, whole numbers.
+    """One part of the batch for each share, with sizes in the ratio of the shares.
 
     Args:
       batch: arrays [B, ...]; B a multiple of the sum of the shares.
+      shares: samples of each part in the repeating pattern.
     """
 
     def take(array, start, stop):
         pattern = array.reshape(-1, sum(shares), *array.shape[1:])
         return pattern[:, start:stop].reshape(-1, *array.shape[1:])
 
-    ends = [sum(shares[: i + 1]) for i in range(len(shares))]
+    ends = itertools.accumulate(shares)
     return [
         type(batch)(*(take(array, end - share, end) for array in batch))
-        for share, end in zip(shares, ends)
+        for share, end in zip(shares, ends, strict=True)
     ]
 
 
-def apply_together(apply, params, patterns: int, *parts: Inputs) -> list[jax.Array]:
-    """One call of the network over several parts; one result for each part.
+def apply_together(apply, params, repeats: int, *parts: Inputs) -> list[jax.Array]:
+    """The network's output for each part, [B_part, H, W, C], from one call.
 
-    The parts are woven together in the pattern in which the batch was split, so that
-    on many devices each keeps its own samples.
+    The parts are interleaved in the pattern of `split`.
+
+    Args:
+      apply: the network, `apply(params, x, t, d, w, label)`.
+      params: its parameters.
+      repeats: how often the pattern repeats along the batch.
+      *parts: each with a multiple of `repeats` samples.
     """
-    shares = [part.x.shape[0] // patterns for part in parts]
+    shares = [part.x.shape[0] // repeats for part in parts]
     if not any(shares):
         return [part.x for part in parts]
 
-    def weave(*arrays):
+    def interleave(*arrays):
         shape = arrays[0].shape[1:]
-        woven = [a.reshape(patterns, -1, *shape) for a in arrays if a.shape[0]]
-        return jnp.concatenate(woven, axis=1).reshape(-1, *shape)
+        patterns = [a.reshape(repeats, -1, *shape) for a in arrays if a.shape[0]]
+        return jnp.concatenate(patterns, axis=1).reshape(-1, *shape)
 
-    result = apply(params, *(weave(*arrays) for arrays in zip(*parts)))
+    result = apply(params, *map(interleave, *parts))
     shape = result.shape[1:]
-    result = result.reshape(patterns, sum(shares), *shape)
-    ends = [sum(shares[:i]) for i in range(len(shares) + 1)]
+    result = result.reshape(repeats, sum(shares), *shape)
+    bounds = itertools.accumulate(shares, initial=0)
     return [
-        result[:, start:stop].reshape(-1, *shape) for start, stop in zip(ends, ends[1:])
+        result[:, start:stop].reshape(-1, *shape)
+        for start, stop in itertools.pairwise(bounds)
     ]

@@ -1,7 +1,7 @@
-"""A small convolutional classifier, whose features measure samples of small images.
+"""A small convolutional classifier, whose features compare small images.
 
-It stands in for Inception where images are digits or icons rather than photographs:
-a Frechet distance of its features is never to be called FID.
+It replaces Inception for digits or icons, which are unlike photographs. A Frechet
+distance of its features must not be called FID.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ class ConvClassifier(nn.Module):
     Attributes:
       num_classes: width of the logits.
       widths: channels of the three convolutions.
-      num_features: width F of the features. Kept small, so that a covariance of
-        [F, F] is well determined by a thousand samples.
+      num_features: width F of the features; small, so that a thousand samples
+        determine a covariance [F, F] well.
     """
 
     num_classes: int
@@ -30,25 +30,16 @@ class ConvClassifier(nn.Module):
         """Features and logits of images.
 
         Args:
-          images: [B, S, S, C] in [-1, 1], S divisible by 4.
+          images: [B, H, W, C] in [-1, 1].
 
         Returns:
           `features`, [B, F] float32, before their nonlinearity (a rectified feature
-          that never fires would make the covariance singular), and `logits`,
+          that is always 0 would make the covariance singular), and `logits`,
           [B, num_classes] float32.
-
-        Raises:
-          ValueError: images are not square, or their side is not divisible by 4.
         """
-        _, height, width, _ = images.shape
-        if height != width or height % 4:
-            raise ValueError(
-                f'images have shape {images.shape}; the classifier takes '
-                '[B, S, S, C] with S divisible by 4: crop or pad them to that'
-            )
         x = images.astype(jnp.float32)
-        for channels, stride in zip(self.widths, (2, 2, 1)):
-            # An accelerator would round to bfloat16, and a metric must not.
+        for channels, stride in zip(self.widths, (2, 2, 1), strict=True):
+            # By default an accelerator rounds to bfloat16, too coarse for a metric.
             x = nn.Conv(channels, (3, 3), strides=stride, precision='highest')(x)
             x = nn.relu(x)
         x = x.reshape(x.shape[0], -1)

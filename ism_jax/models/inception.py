@@ -1,39 +1,30 @@
-"""The Inception network that FID, sFID and the Inception score are defined by.
+"""The Inception network that defines FID, sFID and the Inception score.
 
-Szegedy et al. 2015 (arXiv 1512.00567), in the TensorFlow graph of 2015-12-05 that
-Heusel et al. (arXiv 1706.08500) measure with, by the weights that pytorch-fid and
-torch-fidelity publish of it. What differs from other Inception networks: images are
-resized without half pixels as TensorFlow 1 did, x becomes (x - 128) / 128, padding does
-not count in average pools, the last block pools by maximum, there are 1008 logits.
+Szegedy et al. 2015 (arXiv 1512.00567), as in the TensorFlow graph of 2015-12-05 that
+Heusel et al. (arXiv 1706.08500) use. Differences from other Inception networks: images
+are resized without half-pixel centres as in TensorFlow 1, x becomes (x - 128) / 128,
+average pools do not count padding, the last block has a max pool, and there are 1008
+logits.
 
-The names of the layers are those of the published file.
+Layers have the names of the published file, see `interchange.inception_weights`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.models import named_tensors
-
-SIDE = 299  # Pixels that the network takes.
-NUM_FEATURES = 2048
+SIDE = 299  # Images are resized to this side.
 NUM_SPATIAL = 17 * 17 * 7
 NUM_LOGITS = 1008
-EPSILON = 1e-3  # Of the batch norms.
-# Of pt_inception-2015-12-05-6726825d.pth (pytorch-fid) and, the same file,
-# weights-inception-2015-12-05-6726825d.pth (torch-fidelity).
-PUBLISHED_URL = (
-    'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
-    'pt_inception-2015-12-05-6726825d.pth'
-)
-PUBLISHED_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
+EPSILON = 1e-3  # Of the batch norms, which the weights contain folded.
 
 
 class Inception(nn.Module):
-    """The network, up to the logits."""
+    """The network up to the logits."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
@@ -43,20 +34,13 @@ class Inception(nn.Module):
           images: [B, H, W, 3], 0 .. 255, uint8 or floating; any H and W.
 
         Returns:
-          float32: `features`, [B, 2048], the last average pool ("pool_3:0"), for FID;
-          `spatial`, [B, 2023], the first 7 channels of 17 x 17 places in the first
-          branch of Mixed_6d ("mixed_6/conv:0"), with places as the slower axes, for
-          sFID; `unbiased_logits`, [B, 1008], the logits without their bias, for the
-          Inception score.
-
-        Raises:
-          ValueError: images of another shape.
+          float32 arrays: `features`, [B, 2048], the last average pool ("pool_3:0"),
+          for FID; `spatial`, [B, 2023], the first 7 channels of the first branch of
+          Mixed_6d ("mixed_6/conv:0"), flattened from [17, 17, 7], for sFID;
+          `unbiased_logits`, [B, 1008], the logits without bias, for the Inception
+          score.
         """
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(
-                f'images have shape {images.shape}; Inception takes [B, H, W, 3]: '
-                'repeat a grey channel three times'
-            )
+        chex.assert_shape(images, (None, None, None, 3))
         x = resize_as_tensorflow1(images.astype(jnp.float32), SIDE)
         x = (x - 128.0) / 128.0
         x = Convolution(32, (3, 3), 2, 'VALID', name='Conv2d_1a_3x3')(x)
@@ -77,7 +61,7 @@ class Inception(nn.Module):
         x = BlockE(_average_pool, name='Mixed_7b')(x)
         x = BlockE(_max_pool, name='Mixed_7c')(x)
         features = x.mean((1, 2))
-        # The bias of `fc` is never used: the Inception score is defined without it.
+        # The Inception score is defined without the bias.
         logits = nn.Dense(NUM_LOGITS, use_bias=False, precision='highest', name='fc')
         return {
             'features': features,
@@ -87,12 +71,12 @@ class Inception(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution, its batch norm folded into it, and a rectifier.
+    """A convolution with its folded batch norm, and a ReLU.
 
     Attributes:
-      channels: that it makes.
-      kernel: its height and width.
-      stride: of both directions.
+      channels: of the output.
+      kernel: height and width.
+      stride: in both directions.
       padding: 'SAME' or 'VALID'.
     """
 
@@ -104,16 +88,20 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x):
         strides = (self.stride, self.stride)
-        # An accelerator would round to bfloat16, and a metric must not.
+        # The default precision of accelerators is too low for a metric.
         layer = nn.Conv(
-            self.channels, self.kernel, strides, self.padding, precision='highest',
+            self.channels,
+            self.kernel,
+            strides,
+            self.padding,
+            precision='highest',
             name='conv',
-        )  # fmt: skip
+        )
         return nn.relu(layer(x))
 
 
 class BlockA(nn.Module):
-    """35 x 35 places, figure 5 of the paper with 5 x 5 kernels kept."""
+    """Block at 35 x 35: figure 5 of the paper, with a 5 x 5 kernel."""
 
     pool_channels: int
 
@@ -131,7 +119,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35 x 35 to 17 x 17 places, figure 10 of the paper."""
+    """Block from 35 x 35 to 17 x 17: figure 10 of the paper."""
 
     @nn.compact
     def __call__(self, x):
@@ -143,7 +131,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17 places, figure 6 of the paper; also returns its first branch."""
+    """Block at 17 x 17: figure 6 of the paper; also returns its first branch."""
 
     channels: int
 
@@ -164,7 +152,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """17 x 17 to 8 x 8 places."""
+    """Block from 17 x 17 to 8 x 8."""
 
     @nn.compact
     def __call__(self, x):
@@ -178,10 +166,10 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8 places, figure 7 of the paper.
+    """Block at 8 x 8: figure 7 of the paper.
 
     Attributes:
-      pool: of the last branch; in this graph the two blocks have different ones.
+      pool: of the last branch; it differs between the two blocks of this graph.
     """
 
     pool: Callable[[jax.Array], jax.Array]
@@ -201,61 +189,25 @@ class BlockE(nn.Module):
 
 
 def resize_as_tensorflow1(images: jax.Array, side: int) -> jax.Array:
-    """Bilinear resize whose pixel i of the result lies at i H / side of the image.
+    """Bilinear resize where output pixel i samples the image at i H / side.
 
-    So the top left corners of both coincide and not their centres: `align_corners` and
-    `half_pixel_centers` of TensorFlow are both false. Nothing is smoothed before
-    shrinking.
-
-    Args:
-      images: [B, H, W, C] float32.
-      side: of the result.
-
-    Returns:
-      [B, side, side, C] float32.
+    TensorFlow's `align_corners` and `half_pixel_centers` are both false: the top left
+    corners coincide, not the centres. There is no antialiasing.
+    From [B, H, W, C] to [B, side, side, C], float32.
     """
 
-    def places(size):
-        # Rounded as there, in float32.
+    def samples(size):
+        # In float32, as in TensorFlow.
         position = np.arange(side, dtype=np.float32) * np.float32(size / side)
         low = position.astype(np.int32)
         return low, np.minimum(low + 1, size - 1), position - low
 
-    top, bottom, down = places(images.shape[1])
-    left, right, across = places(images.shape[2])
+    top, bottom, down = samples(images.shape[1])
+    left, right, across = samples(images.shape[2])
     columns_left, columns_right = images[:, :, left], images[:, :, right]
     rows = columns_left + (columns_right - columns_left) * across[None, None, :, None]
     upper, lower = rows[:, top], rows[:, bottom]
     return upper + (lower - upper) * down[None, :, None, None]
-
-
-def params_from_tensors(tensors: Mapping[str, np.ndarray]) -> dict:
-    """Parameters from the tensors of the published file.
-
-    Args:
-      tensors: name to array, as `tensor_file.read` gives them.
-
-    Raises:
-      ValueError: tensors of another network; one of them is named.
-    """
-    network = 'Inception of 2015-12-05'
-    expected = named_tensors.abstract_params(
-        Inception(), jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-    )
-    tensors = named_tensors.NamedTensors(tensors, network)
-
-    def fill(tree, name):
-        if 'conv' in tree:
-            folded = tensors.folded_convolution(f'{name}.conv', f'{name}.bn', EPSILON)
-            return {'conv': folded}
-        return {child: fill(tree[child], f'{name}.{child}') for child in tree}
-
-    layers = [layer for layer in expected if layer != 'fc']
-    params = {layer: fill(expected[layer], layer) for layer in layers}
-    params['fc'] = {'kernel': tensors.dense('fc')['kernel']}
-    tensors.check_all_taken()
-    named_tensors.check_shapes(params, expected, network)
-    return params
 
 
 def _average_pool(x):

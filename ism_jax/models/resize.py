@@ -1,7 +1,7 @@
-"""Bicubic resize of 8-bit images, as the imaging library Pillow does it.
+"""Bicubic resize of 8-bit images as in the imaging library Pillow.
 
-Scores depend on it: with another filter, or without smoothing before shrinking, the
-same images have other features (Parmar et al., arXiv 2104.11222).
+Scores depend on it: with another filter, or without antialiasing, the same images have
+other features (Parmar et al., arXiv 2104.11222).
 """
 
 import functools
@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PILLOW_SHARPNESS = -0.5  # The parameter a of Keys' cubic; PyTorch has -0.75.
-_REACH = 2.0  # Where Keys' cubic ends.
+PILLOW_SHARPNESS = -0.5  # Parameter a of Keys' cubic; PyTorch's is -0.75.
+_RADIUS = 2.0  # Of the support of Keys' cubic.
 
 
 def resize_as_pillow(images: jax.Array, side: int) -> jax.Array:
-    """Bicubic resize with smoothing, rounded to 8 bits after each direction.
+    """Bicubic resize with antialiasing, rounded to 8 bits after each direction.
 
     Args:
       images: [B, H, W, C], 0 .. 255, uint8 or floating.
-      side: of the result.
+      side: of the output.
 
     Returns:
-      [B, side, side, C] float32, whole numbers 0 .. 255. A value may differ from
-      Pillow's by 1, rarely, where it lies between two whole numbers.
+      [B, side, side, C] float32 of whole numbers 0 .. 255. Rarely, a value that lies
+      between two whole numbers is rounded the other way than by Pillow.
     """
 
     def rounded(x):
@@ -31,7 +31,7 @@ def resize_as_pillow(images: jax.Array, side: int) -> jax.Array:
 
     x = images.astype(jnp.float32)
     _, height, width, _ = x.shape
-    # Pillow's order, but for images that are higher than wide by Pillow 13.
+    # Pillow's order (Pillow 13 swaps it for images that are higher than wide).
     if width != side:
         weights = pillow_weights(width, side)
         x = rounded(jnp.einsum('ow,bhwc->bhoc', weights, x, precision='highest'))
@@ -43,26 +43,26 @@ def resize_as_pillow(images: jax.Array, side: int) -> jax.Array:
 
 @functools.lru_cache
 def pillow_weights(size: int, side: int) -> np.ndarray:
-    """[side, size] float32: what each pixel of the result takes of each of the image.
+    """Weights [side, size] float32 of the input pixels in each output pixel.
 
-    Where the image is shrunk the filter is as much wider, which smooths.
+    To shrink an image, the filter is widened by the scale, which is antialiasing.
     """
     scale = size / side
     width = max(scale, 1.0)
     centers = (np.arange(side) + 0.5) * scale
-    places = np.arange(size) + 0.5
-    distances = (places[None] - centers[:, None]) / width
-    # Only pixels whose centres are within reach, rounded as there, and no others.
-    first = np.floor(np.maximum(centers - _REACH * width + 0.5, 0))
-    last = np.floor(np.minimum(centers + _REACH * width + 0.5, size))
-    numbers = np.arange(size)
-    inside = (numbers[None] >= first[:, None]) & (numbers[None] < last[:, None])
+    pixels = np.arange(size) + 0.5
+    distances = (pixels[None] - centers[:, None]) / width
+    # Pixels within the support, with the rounding of Pillow.
+    first = np.floor(np.maximum(centers - _RADIUS * width + 0.5, 0))
+    last = np.floor(np.minimum(centers + _RADIUS * width + 0.5, size))
+    index = np.arange(size)[None]
+    inside = (index >= first[:, None]) & (index < last[:, None])
     weights = np.where(inside, keys_cubic(distances, PILLOW_SHARPNESS), 0.0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def keys_cubic(x: np.ndarray, sharpness: float) -> np.ndarray:
-    """The cubic convolution kernel (Keys 1981), 0 from |x| = 2 on."""
+    """The cubic convolution kernel of Keys 1981; 0 for |x| >= 2."""
     x = np.abs(x)
     a = sharpness
     inner = (a + 2) * x**3 - (a + 3) * x**2 + 1

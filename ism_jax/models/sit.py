@@ -1,29 +1,32 @@
 """SiT: the adaLN-zero transformer that predicts the velocity of a flow.
 
-Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with
-Scalable Interpolant Transformers" (arXiv 2401.08740), after DiT (Peebles and Xie,
-arXiv 2212.09748), with two more conditions as improved shortcut models need them
-(arXiv 2510.21250): the step size `d` and the guidance strength `w`.
+Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+Interpolant Transformers" (arXiv 2401.08740), after DiT (Peebles and Xie, arXiv
+2212.09748). Improved shortcut models (arXiv 2510.21250) add two conditions: the step
+size d and the guidance scale w.
 
-Both enter as additions to the time and class embedding which vanish exactly at
-`d = 0` and `w = 0`, whatever the parameters, and whose last layers start at zero.
-So at `d = 0, w = 0` the network always *is* a SiT, before and after training, and a
-pretrained SiT can be loaded without changing what it computes.
+Both are added to the time and class embeddings. Their terms vanish at d = 0 and w = 0
+for any parameters, and their last layers are initialised to zero. At d = 0, w = 0 the
+network therefore *is* a SiT, before and after training, and loading a pretrained SiT
+does not change its outputs.
 
-The computation runs in `dtype` (bfloat16 on accelerators); parameters are float32,
-and so are layer norms, conditioning features and the output.
+The network computes in `dtype` (bfloat16 on accelerators). Parameters, layer norms,
+conditioning features and the output are float32.
 """
 
 import dataclasses
 from typing import Any
 
+import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Table 1 of SiT (the same as DiT's): width, depth, heads. Keys of `preset` add the
-# patch size: 'XL/2' is the network of the paper's main table.
+from ism_jax.runtime import sharding
+
+# Table 1 of SiT (the same as DiT's). The names of `PRESETS` add the patch size: 'XL/2'
+# is the network of the iSM paper's main table.
 SIZES = {
     'S': dict(hidden_size=384, depth=12, num_heads=6),
     'B': dict(hidden_size=768, depth=12, num_heads=12),
@@ -38,8 +41,8 @@ PRESETS = {
 }
 
 REMAT_POLICIES = {
-    # 'none' stores every activation, 'full' only the layers' inputs, 'dots' also the
-    # results of the matrix products with parameters (attention is recomputed).
+    # What the backward pass keeps: 'none' every activation, 'full' only the inputs of
+    # the blocks, 'dots' also the products with parameters (attention is recomputed).
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,45 +51,35 @@ ATTENTION_IMPLEMENTATIONS = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
 
 FREQUENCY_FEATURES = 256
 MAX_PERIOD = 10_000.0
-MAX_LEVELS = 16  # Of step sizes that are told apart: down to 1/32768.
-MAX_TOKENS = 2**16  # Attention of more would take 16 GiB for each head.
+MAX_LEVELS = 16  # Distinct dyadic step sizes, from 1 down to 1/32768.
+MAX_TOKENS = 2**16  # More need over 16 GiB of attention scores per head.
 STEP_EMBEDDINGS = ('level', 'size')
-# The sinusoids were made for times of 0 to 1000 (DiT), hence `time_scale`. Guidance
-# strengths, a quarter apart, are spread to be told apart while values in between (the
-# user's slider) stay close to their neighbours.
+# Factor on w before its sinusoids: scales 1/4 apart get distinct features, and scales
+# in between stay close to their neighbours.
 GUIDANCE_SCALE = 10.0
 
 
 def preset(name: str) -> dict[str, int]:
-    """Width, depth, heads and patch size of a preset such as 'XL/2'.
-
-    Raises:
-      ValueError: the name is not in `PRESETS`.
-    """
-    if name not in PRESETS:
-        raise ValueError(
-            f'model preset {name!r} is unknown; choose one of {", ".join(PRESETS)}, '
-            'or set hidden_size, depth, num_heads and patch_size themselves'
-        )
+    """Width, depth, heads and patch size of a preset such as 'XL/2'."""
     return dict(PRESETS[name])
 
 
 def frequencies() -> np.ndarray:
-    """Of the sinusoidal features, [128] float64, in radians per unit."""
+    """Frequencies of the sinusoidal features, [128] float64, in radians per unit."""
     half = FREQUENCY_FEATURES // 2
     return np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
 
 
 def frequency_features(x: jax.Array) -> jax.Array:
-    """Sinusoidal features of a scalar per sample, [B] -> [B, 256] (as in DiT)."""
+    """Sinusoidal features of one scalar per sample (DiT), [B] -> [B, 256]."""
     angles = x.astype(jnp.float32)[:, None] * frequencies()[None].astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def position_embedding(hidden_size: int, side: int) -> np.ndarray:
-    """Fixed 2-D sin-cos positions, [side * side, hidden_size] (MAE, DiT).
+    """Fixed 2-D sin-cos position embedding (MAE, DiT), [side * side, hidden_size].
 
-    The first half of the channels encodes the column, the second the row.
+    The first half of the channels encodes the column, the second half the row.
     """
     quarter = hidden_size // 4
     frequencies = 1.0 / MAX_PERIOD ** (np.arange(quarter, dtype=np.float64) / quarter)
@@ -99,13 +92,14 @@ def position_embedding(hidden_size: int, side: int) -> np.ndarray:
     return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
-def _dense(features, name, dtype, kernel_init=nn.initializers.xavier_uniform()):
-    """A linear layer on the last axis."""
+def _dense(features, name, dtype, kernel_init=None):
+    """A linear layer on the last axis, as a function of its input."""
+    kernel_init = kernel_init or nn.initializers.xavier_uniform()
     dense = nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
     def apply(x):
-        # As one matrix product: with batch and tokens as two contracted axes, XLA's
-        # CPU backend takes three times as long for the gradient of the kernel.
+        # One 2-D product: with batch and tokens as two contracted axes, the gradient of
+        # the kernel takes three times as long on XLA's CPU backend.
         return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
     return apply
@@ -116,7 +110,7 @@ def _zero_dense(features, name, dtype):
 
 
 def _layer_norm(x, dtype):
-    """Layer norm without affine parameters, in float32 whatever the compute dtype."""
+    """Layer norm without affine parameters, in float32 for any compute dtype."""
     norm = nn.LayerNorm(
         epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32
     )
@@ -144,15 +138,17 @@ class ScalarEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, each gated and modulated by the condition."""
+    """Self-attention and MLP, each modulated and gated by the condition."""
 
     num_heads: int
     mlp_ratio: float
     dtype: Any
     attention: str
+    mesh: jax.sharding.Mesh | None
 
     @nn.compact
     def __call__(self, x, condition):
+        x = sharding.constrain_batch(x, self.mesh)
         batch, tokens, width = x.shape
         modulation = _zero_dense(6 * width, 'modulation', self.dtype)(condition)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(
@@ -173,7 +169,7 @@ class Block(nn.Module):
         h = _dense(int(self.mlp_ratio * width), 'mlp_in', self.dtype)(h)
         h = nn.gelu(h, approximate=True)
         h = _dense(width, 'mlp_out', self.dtype)(h)
-        # The second result is what nn.scan stacks over the layers: nothing.
+        # nn.scan expects (carry, outputs to stack).
         return x + gate_m[:, None] * h, None
 
 
@@ -181,18 +177,20 @@ class SiT(nn.Module):
     """Velocity network s(x_t, t, c, d, w).
 
     Attributes:
-      num_classes: labels are 0 .. num_classes - 1; `num_classes` itself is `null`.
+      num_classes: labels are 0 .. num_classes - 1; `num_classes` is the null label.
       patch_size, hidden_size, depth, num_heads, mlp_ratio: see `PRESETS`.
       dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
-      remat: what the backward pass keeps, a key of `REMAT_POLICIES`.
+      remat: which activations the backward pass keeps, a key of `REMAT_POLICIES`.
       attention: a key of `ATTENTION_IMPLEMENTATIONS`.
-      unroll: layers per iteration of the scan; more compile longer and, on a CPU, run
-        faster.
-      step_embedding: how `d` is shown: 'level', its -log2, for steps that are powers
-        of two; 'size', a smooth function of any d, for methods that draw or
-        differentiate it.
-      time_scale: what times (and sizes) are multiplied with before their sinusoids;
-        MeanFlow's network has 1, so that derivatives in t are gentle.
+      unroll: blocks per iteration of the scan; larger values compile longer and run
+        faster on a CPU.
+      step_embedding: how the network is conditioned on d: 'level' looks up -log2(d),
+        for steps that are powers of two; 'size' embeds any d smoothly, for methods that
+        draw d at random or differentiate in it.
+      time_scale: factor on t and d before their sinusoids, which DiT designed for times
+        of 0 to 1000; MeanFlow uses 1, for small derivatives in t.
+      mesh: devices that the activations are split over; None leaves that to XLA. It
+        changes no value beyond rounding.
     """
 
     num_classes: int
@@ -207,36 +205,34 @@ class SiT(nn.Module):
     unroll: int = 1
     step_embedding: str = 'level'
     time_scale: float = 1000.0
+    mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
     def __call__(self, x, t, d, w, label):
-        """Predicts the velocity.
+        """Predicts the mean velocity over a step, or the velocity at t for d = 0.
 
         Args:
           x: [B, H, H, C] noisy images or latents; H a multiple of the patch size.
           t: [B] time in [0, 1]; 0 is noise, 1 is data.
-          d: [B] step size in [0, 1]; 0 asks for the instantaneous velocity.
-          w: [B] guidance strength, 0 for none.
-          label: [B] int32 in [0, num_classes], `num_classes` for no class.
+          d: [B] step size in [0, 1].
+          w: [B] guidance scale, 0 without guidance.
+          label: [B] int32 in [0, num_classes].
 
         Returns:
           [B, H, H, C] float32.
-
-        Raises:
-          ValueError: the image is not square, or a size does not divide another.
         """
-        batch, side, width, channels = x.shape
-        check_sizes(side, width, self.patch_size, self.hidden_size, self.num_heads)
+        batch, side, _, channels = x.shape
+        chex.assert_shape(x, (batch, side, side, channels))
         dtype = jnp.dtype(self.dtype)
         grid, patch = side // self.patch_size, self.patch_size
 
-        # A convolution with stride = kernel = patch, written as a product.
+        # A convolution with stride = kernel = patch, written as a matrix product.
         x = x.reshape(batch, grid, patch, grid, patch, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid**2, patch**2 * channels)
         x = _dense(self.hidden_size, 'patch_embedding', dtype)(x.astype(dtype))
         x = x + position_embedding(self.hidden_size, grid)[None].astype(dtype)
 
-        condition = self._condition(t, d, w, label)
+        condition = sharding.constrain_batch(self._condition(t, d, w, label), self.mesh)
         condition = nn.silu(condition).astype(dtype)
 
         block = Block
@@ -252,7 +248,12 @@ class SiT(nn.Module):
             length=self.depth,
             unroll=self.unroll,
         )(
-            self.num_heads, self.mlp_ratio, dtype, self.attention, name='blocks'
+            self.num_heads,
+            self.mlp_ratio,
+            dtype,
+            self.attention,
+            self.mesh,
+            name='blocks',
         )(x, condition)
 
         modulation = _zero_dense(2 * self.hidden_size, 'final_modulation', dtype)
@@ -264,7 +265,7 @@ class SiT(nn.Module):
         return x.astype(jnp.float32)
 
     def _condition(self, t, d, w, label):
-        """Time + class + step size + guidance, [B, hidden_size] float32."""
+        """Sum of the embeddings of t, label, d and w, [B, hidden_size] float32."""
         classes = nn.Embed(
             self.num_classes + 1,
             self.hidden_size,
@@ -280,9 +281,9 @@ class SiT(nn.Module):
             )
             condition += d[:, None] * step(d * self.time_scale)
         else:
-            # Row 0 for d = 1, 1 for d = 1/2, ...: a table and no sinusoids, of which
-            # most are constant over the few levels. They add up to steps of a
-            # hundred learning rates, and embeddings that drown the class.
+            # Row k is for d = 2^-k. A table instead of sinusoids: over so few levels
+            # most sinusoids are constant, so their updates add up (to about a hundred
+            # learning rates per step) and the embedding outgrows that of the class.
             table = nn.Embed(
                 MAX_LEVELS,
                 self.hidden_size,
@@ -297,53 +298,22 @@ class SiT(nn.Module):
         return condition + w[:, None] * guidance(w * GUIDANCE_SCALE)
 
 
-def check_sizes(height, width, patch_size, hidden_size, num_heads) -> None:
-    """Raises ValueError where sizes do not fit; what to change is in the message."""
-    if height != width:
-        raise ValueError(
-            f'image of {height}x{width} is not square; crop or pad it, SiT takes '
-            'square inputs'
-        )
-    if height % patch_size:
-        raise ValueError(
-            f'model.patch_size = {patch_size} does not divide data.image_size = '
-            f'{height}; choose a divisor of {height}'
-        )
-    if (tokens := (height // patch_size) ** 2) > MAX_TOKENS:
-        raise ValueError(
-            f'data.image_size = {height} in patches of model.patch_size = {patch_size} '
-            f'makes {tokens} tokens, more than {MAX_TOKENS}; use larger patches, or '
-            'latents'
-        )
-    if hidden_size % num_heads:
-        raise ValueError(
-            f'model.num_heads = {num_heads} does not divide model.hidden_size = '
-            f'{hidden_size}; choose a divisor of {hidden_size}'
-        )
-    if hidden_size % 4:
-        raise ValueError(
-            f'model.hidden_size = {hidden_size} must be a multiple of 4 for the 2-D '
-            'sin-cos positions'
-        )
-
-
 def num_parameters(model: SiT, image_shape: tuple[int, int, int]) -> int:
-    """Number of parameters for images of [H, W, C], without allocating any."""
+    """Number of parameters for images [H, W, C], without allocating any."""
     params = abstract_params(model, image_shape)
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
 def init_params(model: SiT, image_shape: tuple[int, int, int], key: jax.Array):
-    """Fresh float32 parameters for images of [H, W, C]."""
+    """Initial float32 parameters for images [H, W, C]."""
     zeros = jnp.zeros((1,))
     x, label = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
     return model.init(key, x, zeros, zeros, zeros, label)['params']
 
 
 def abstract_params(model: SiT, image_shape: tuple[int, int, int]):
-    """Shapes of the parameters (jax.ShapeDtypeStruct), without allocating any."""
-    # attention='xla': the count does not depend on the kernel, which may not exist
-    # on the machine that counts.
+    """Shapes of the parameters (`jax.ShapeDtypeStruct`), without allocating any."""
+    # The shapes do not depend on the attention kernel, which may be missing here.
     model = dataclasses.replace(model, attention='xla')
     return jax.eval_shape(
         lambda key: init_params(model, image_shape, key), jax.random.key(0)

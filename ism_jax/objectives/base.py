@@ -1,25 +1,37 @@
-"""What training and sampling need to know of a method."""
+"""The interface of an objective: what training and sampling use of a method."""
 
+import abc
+from collections.abc import Callable
 import dataclasses
-from typing import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ism_jax.method import interpolant, time_grid
+from ism_jax.method.loss_distance import Distance
 from ism_jax.method.training_batch import Batch
 
 
+def option(default, help: str) -> Any:
+    """A field of an objective: an option with its default and one line of help."""
+    return dataclasses.field(default=default, metadata={'help': help})
+
+
 @dataclasses.dataclass(frozen=True)
-class BaseObjective:
-    """What training and sampling need to know of a method.
+class BaseObjective(abc.ABC):
+    """The loss, the sampler and the properties of a method.
+
+    The network is a function `apply(params, x, t, d, w, label)` of x [B, H, W, C] and
+    t, d, w, label [B]; its output is a velocity [B, H, W, C].
 
     Attributes:
-      num_classes: number of classes, and the index of the `null` label.
+      num_classes: number of classes, and the index of the null label.
     """
 
     num_classes: int
 
+    @abc.abstractmethod
     def __call__(
         self,
         apply: Callable[..., jax.Array],
@@ -28,44 +40,39 @@ class BaseObjective:
         batch: Batch,
         key: jax.Array,
         *,
-        distance: Callable[[jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+        distance: Distance,
         progress: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss and its parts.
+        """The loss and its metrics.
 
         Args:
-          apply: the network, `apply(params, x, t, d, w, label)`.
+          apply: the network.
           params: online parameters, with respect to which the loss is differentiated.
-          target_params: parameters that make targets; no gradient flows into them.
+          target_params: the target EMA; no gradient flows into it.
           batch: see `Batch`.
-          key: used for this call alone.
+          key: random key of this call alone.
           distance: error [B, H, W, C] -> values [B] and their parts {name: [B]}.
-          progress: share of the training that is done, in [0, 1); curricula use it.
+          progress: step / number of steps of the training, in [0, 1), for curricula.
 
         Returns:
           The scalar loss and a flat dict of scalars.
         """
-        raise TypeError(f'{type(self).__module__} must define __call__')
 
     def velocity(self, apply, params, x, t, d, w, label) -> jax.Array:
-        """Mean velocity over the step from t to t + d, as the sampler uses it.
-
-        Args:
-          apply, params: the network and its parameters, as in training.
-          x: [B, H, W, C]; t, d, w, label: [B].
-        """
+        """Mean velocity over the step from t to t + d, which the sampler integrates."""
         embedded = time_grid.embedded_step(d, self.base_steps)
         return apply(params, x, t, embedded, w, label)
 
     def sample(self, apply, params, noise, label, w, times, steps, key) -> jax.Array:
-        """From noise to data along a schedule: x_{t+d} = x_t + d velocity(x_t, t, d).
+        """Data from noise, by x_{t+d} = x_t + d velocity(x_t, t, d) along a schedule.
 
         Args:
-          apply, params: the network and its parameters, of the `infer` average.
+          apply, params: the network, usually of the inference EMA.
           noise: x0, [B, H, W, C], standard normal.
           label, w: [B].
-          times, steps: [N], of `schedule.times_and_sizes`.
-          key: of the samplers that add noise between steps.
+          times: start times of the steps, [N], see `time_grid.times_and_sizes`.
+          steps: step sizes, [N].
+          key: random key of samplers that add noise between steps.
 
         Returns:
           x1, [B, H, W, C], not clipped.
@@ -74,72 +81,70 @@ class BaseObjective:
 
         def body(x, step):
             t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
-            return interpolant.step(
-                x, self.velocity(apply, params, x, t, d, w, label), d
-            ), None
+            velocity = self.velocity(apply, params, x, t, d, w, label)
+            return interpolant.step(x, velocity, d), None
 
         return jax.lax.scan(body, noise, (times, steps))[0]
 
     def clip_step(self, t, d):
-        """The step from t to t + d without the part before `start_time`."""
-        begin = jnp.maximum(t, self.start_time)
-        return begin, t + d - begin
+        """Time and size of the part of a step after `start_time`."""
+        start = jnp.maximum(t, self.start_time)
+        return start, t + d - start
 
     @property
     def deterministic(self) -> bool:
-        """Whether the sampler adds no noise between steps, so that there is a path."""
+        """Whether the sampler adds no noise between steps and so defines paths."""
         return True
-
-    @property
-    def guidance_interval(self) -> float:
-        """Time before which guidance does not act."""
-        return 0.0
 
     @property
     def start_time(self) -> float:
-        """Where the method's time begins; noise is taken for a sample of that time."""
+        """Time at which sampling starts; noise serves as x_t at this time."""
         return 0.0
 
     @property
-    def conditions_on_step(self) -> bool:
-        """Whether the network is told the step size; else it knows only velocities."""
-        return True
-
-    @property
-    def uses_target_ema(self) -> bool:
-        """Whether `target_params` make targets; else the network teaches itself."""
-        return False
-
-    @property
-    def batch_multiple(self) -> int:
-        """Batch sizes must be a multiple of this."""
-        return 1
-
-    @property
-    def min_batch(self) -> int:
-        """The smallest batch that serves all parts of the method."""
-        return 1
+    def base_steps(self) -> int:
+        """1 / the finest step size, which is also the largest number of steps."""
+        return 128
 
     @property
     def guidance_range(self) -> tuple[float, float]:
-        """Lowest and highest guidance strength w that can be asked of the sampler.
+        """Lowest and highest guidance scale w of the sampler.
 
-        (0, 0) for a method without guidance, (w, w) where w is part of the training.
+        (0, 0) for a method without guidance, (w, w) where training fixes w.
         """
         return 0.0, 0.0
 
     @property
-    def model_options(self) -> dict[str, object]:
-        """Fields of `config.model` that the method needs otherwise than by default."""
-        return {}
+    def guidance_interval(self) -> float:
+        """Time from which guidance acts."""
+        return 0.0
 
     @property
-    def base_steps(self) -> int:
-        """1 / the finest step size: how many sampling steps make sense at most."""
-        return 128
+    def conditions_on_step(self) -> bool:
+        """Whether the network is conditioned on the step size; else d = 0 always."""
+        return True
 
+    @property
+    def uses_target_ema(self) -> bool:
+        """Whether the target EMA makes targets; else the online network does."""
+        return False
 
-def check_fraction(name: str, value: float) -> None:
-    """Raises ValueError unless `value` lies in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ValueError(f'{name} = {value} must lie in [0, 1)')
+    @property
+    def has_curriculum(self) -> bool:
+        """Whether the loss depends on the progress of the training."""
+        return False
+
+    @property
+    def batch_multiple(self) -> int:
+        """Batch sizes must be a multiple of this, so that the split is exact."""
+        return 1
+
+    @property
+    def min_batch(self) -> int:
+        """The smallest batch size that trains every term and every step size."""
+        return 1
+
+    @property
+    def model_options(self) -> dict[str, object]:
+        """Options of the network for which the method needs other values."""
+        return {}

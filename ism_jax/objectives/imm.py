@@ -1,7 +1,8 @@
 """Inductive moment matching (IMM; Zhou et al., arXiv 2503.07565).
 
-In its time a = 1 - t runs from data to noise; a jump leads from a to s <= a. Groups of
-M samples share (s, r, a), r between s and a; y jumps from a, z from r, both to s:
+The source's time a = 1 - t runs from data to noise; a jump leads from a to s <= a.
+Groups of M samples share (s, r, a) with s <= r <= a; y jumps from a and z from r, both
+to s:
 
     f_{s,a}(x) = x + (a - s) s_theta( c_in(a) x, 1 - a, c, a - s )      (Euler-FM)
     y = f_{s,a}(x_a),   z = sg f_{s,r}(x_r),   x_a and x_r of the same data and noise
@@ -12,14 +13,14 @@ M samples share (s, r, a), r between s and a; y jumps from a, z from r, both to 
     a ~ U(0, 0.994),  s ~ U(0, a),
       r = max(s, min(a - 1e-4, eta^-1(eta(a) - 160 / 2^12))),  eta(a) = a / (1 - a)
 
-The source scales data to a deviation sigma_d = 0.5 and noise with it. Here noise has
-deviation 1, so its formulas hold in units of sigma_d; `data_std` is the deviation of
-the data in these units (1 in the source) and enters only c_in,
-c_in(a) = 1 / sqrt((1 - a)^2 data_std^2 + a^2). M = 1 and 2 collapse, in the source.
+The source scales data to a standard deviation sigma_d = 0.5 and noise with it. Here
+noise has standard deviation 1, so the formulas hold in units of sigma_d; `data_std` is
+that of the data in these units (1 in the source) and enters only
+c_in(a) = 1 / sqrt((1 - a)^2 data_std^2 + a^2). In the source, M = 1 and 2 collapse.
 
-Samplers: 'pushforward' jumps from time to time; 'restart' jumps to the data and adds
-noise for the next time. With classifier-free guidance where w > 0: two network calls a
-step.
+Samplers: 'pushforward' jumps from each time to the next; 'restart' jumps to the data
+and adds noise up to the next time. Both apply classifier-free guidance where w > 0: two
+network calls per step.
 """
 
 import dataclasses
@@ -30,128 +31,98 @@ import jax
 import jax.numpy as jnp
 
 from ism_jax.method import guidance, interpolant
+from ism_jax.method.loss_terms import term_metrics
 from ism_jax.method.training_batch import Batch
-from ism_jax.objectives.base import BaseObjective, check_fraction
+from ism_jax.objectives.base import BaseObjective, option
 
-NOISIEST = 0.994  # The largest a.
+MAX_NOISE = 0.994  # The largest a.
+MIN_NOISE = 1e-6  # The smallest a; at 0 the weight is 0 times infinity.
 ETA_STEP = 160 / 2**12
-SMALLEST_STEP = 1e-4
-SMALLEST_NOISE = 1e-6  # The smallest a; at 0 the weight is 0 times infinity.
-SMALLEST_NORM = 1e-8
+MIN_STEP = 1e-4  # a - r
+MIN_NORM = 1e-8
 WEIGHT_BIAS = 4.0  # b
 WEIGHT_POWER = 1  # p
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(BaseObjective):
-    """See the module.
+    """Inductive moment matching; see the module."""
 
-    Attributes:
-      label_dropout: probability that a label becomes `null`.
-      group_size: M, samples that share their times.
-      data_std: deviation of the data, the noise's being 1.
-      sampler: 'pushforward' or 'restart'.
-    """
-
-    label_dropout: float = 0.1
-    group_size: int = 4
-    data_std: float = 0.5
-    sampler: Literal['pushforward', 'restart'] = 'pushforward'
-
-    def __post_init__(self):
-        check_fraction('objective.label_dropout', self.label_dropout)
-        if self.group_size < 1:
-            raise ValueError(
-                f'objective.group_size = {self.group_size} must be at least 1; 4 is '
-                'usual, 1 and 2 collapse'
-            )
-        if not 0 < self.data_std < math.inf:
-            raise ValueError(
-                f'objective.data_std = {self.data_std} must be a positive number, the '
-                "standard deviation of the data's values"
-            )
-        if self.sampler not in ('pushforward', 'restart'):
-            raise ValueError(
-                f"objective.sampler = {self.sampler!r} must be 'pushforward' or "
-                "'restart'"
-            )
+    label_dropout: float = option(0.1, 'probability that a label becomes null')
+    group_size: int = option(4, 'M, samples that share their times')
+    data_std: float = option(
+        0.5, 'standard deviation of the data, with that of the noise 1'
+    )
+    sampler: Literal['pushforward', 'restart'] = option(
+        'pushforward', "'pushforward' or 'restart', which adds noise between steps"
+    )
 
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress
     ):
-        del target_params, progress  # The teacher is the network itself.
+        del target_params, progress  # The online network is the teacher.
         key_times, key_label = jax.random.split(key)
         size = self.group_size
         groups = batch.label.shape[0] // size
         high, middle, low = self.sample_times(key_times, groups)
-        label = interpolant.drop_labels(
+        label = guidance.drop_labels(
             key_label, batch.label, self.label_dropout, self.num_classes
         )
 
-        def jump(params, noisy):
-            noisy, end = jnp.repeat(noisy, size), jnp.repeat(low, size)
-            x = interpolant.interpolate(batch.noise, batch.data, 1 - noisy)
-            zeros = jnp.zeros_like(noisy)
+        def jump(start):
+            start, end = jnp.repeat(start, size), jnp.repeat(low, size)
+            x = interpolant.interpolate(batch.noise, batch.data, 1 - start)
+            zeros = jnp.zeros_like(start)
             velocity = self._scaled(apply)(
-                params, x, 1 - noisy, noisy - end, zeros, label
+                params, x, 1 - start, start - end, zeros, label
             )
-            end_point = interpolant.step(x, velocity, noisy - end)
+            end_point = interpolant.step(x, velocity, start - end)
             return end_point.reshape(groups, size, *x.shape[1:])
 
-        y = jump(params, high)
-        z = jax.lax.stop_gradient(jump(params, middle))
+        y = jump(high)
+        z = jax.lax.stop_gradient(jump(middle))
         kernel = lambda first, second: self.kernel(first, second, high - low, distance)
         discrepancy = kernel(y, y) + kernel(z, z) - 2 * kernel(y, z)
         loss = jnp.mean(self.weight(high) * discrepancy)
         values, parts = distance((y - z).reshape(batch.data.shape))
-        metrics = {f'moments/{name}': part.mean() for name, part in parts.items()}
-        return loss, {
-            'moments/loss': loss,
+        return loss, term_metrics('moments', loss, parts) | {
             'moments/discrepancy': discrepancy.mean(),
             'moments/error': values.mean(),
-            **metrics,
         }
 
     def sample_times(self, key, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Draws a, r and s, each [num], s <= r <= a."""
+        """Random a, r and s, each [num], with s <= r <= a."""
         key_high, key_low = jax.random.split(key)
-        high = jax.random.uniform(
-            key_high, (num,), minval=SMALLEST_NOISE, maxval=NOISIEST
-        )
+        high = jax.random.uniform(key_high, (num,), minval=MIN_NOISE, maxval=MAX_NOISE)
         low = high * jax.random.uniform(key_low, (num,))
         eta = high / (1 - high) - ETA_STEP
-        middle = jnp.minimum(high - SMALLEST_STEP, eta / (1 + eta))
+        middle = jnp.minimum(high - MIN_STEP, eta / (1 + eta))
         return high, jnp.maximum(low, middle), low
 
     def kernel(self, first, second, width, distance) -> jax.Array:
-        """Mean of the Laplace kernel over all pairs of each group.
+        """Mean of the Laplace kernel over all pairs of each group, [G].
 
-        Args:
-          first, second: [G, M, H, W, C].
-          width: [G], a - s.
-          distance: gives the norm.
-
-        Returns:
-          [G].
+        Groups are [G, M, H, W, C]; `width` [G] is a - s; the squared norm is D times
+        the values of `distance`.
         """
         error = first[:, :, None] - second[:, None]
         shape = error.shape[3:]
         dimension = math.prod(shape)
         square = dimension * distance(error.reshape(-1, *shape))[0]
-        # The clamp also keeps the gradient of a sample with itself finite.
-        norm = jnp.sqrt(jnp.maximum(square, SMALLEST_NORM**2))
+        # The maximum also keeps the gradient of a sample with itself finite.
+        norm = jnp.sqrt(jnp.maximum(square, MIN_NORM**2))
         norm = norm.reshape(first.shape[0], -1)
         return jnp.exp(-norm / (dimension * width[:, None])).mean(1)
 
     def weight(self, a) -> jax.Array:
-        """Weight of the loss at noise level a [G]."""
+        """Weight of the loss at the noise level a, [G]."""
         log_snr = 2 * jnp.log((1 - a) / a)
         slope = 2 / (a * (1 - a))
         shape = (1 - a) ** WEIGHT_POWER / ((1 - a) ** 2 + a**2)
         return 0.5 * jax.nn.sigmoid(WEIGHT_BIAS - log_snr) * slope * shape
 
     def _scaled(self, apply):
-        """The network, on inputs of unit deviation."""
+        """The network with inputs scaled to unit standard deviation by c_in."""
 
         def scaled(params, x, t, *rest):
             scale = jax.lax.rsqrt((t * self.data_std) ** 2 + (1 - t) ** 2)
@@ -160,13 +131,8 @@ class Objective(BaseObjective):
         return scaled
 
     def velocity(self, apply, params, x, t, d, w, label):
-        scaled = self._scaled(apply)
-        return jax.lax.cond(
-            jnp.any(w != 0),
-            lambda: guidance.classifier_free_velocity(
-                scaled, params, x, t, d, label, w, self.num_classes
-            ),
-            lambda: scaled(params, x, t, d, jnp.zeros_like(w), label),
+        return guidance.optional_guidance(
+            self._scaled(apply), params, x, t, d, label, w, self.num_classes
         )
 
     def sample(self, apply, params, noise, label, w, times, steps, key):
@@ -187,7 +153,7 @@ class Objective(BaseObjective):
 
     @property
     def start_time(self) -> float:
-        return 1 - NOISIEST
+        return 1 - MAX_NOISE
 
     @property
     def batch_multiple(self) -> int:

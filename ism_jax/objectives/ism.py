@@ -9,21 +9,21 @@
                      sg( s'(x_t, t, c, d, w) / 2 + s'(x', t + d, c, d, w) / 2 ),
                      x' = x_t + d s'(x_t, t, c, d, w)
 
-with s the online network and s' the target average. Each sample of a batch serves one
-of the three terms, so the online network runs forward and backward once over the
-batch; the target network runs once for everything that starts at x_t and once more
-for the second half-steps.
+with s the online network, s' the target EMA, and w_t = w where t is at least the
+guidance interval, else 0. The batch is split among the three terms, so the online
+network runs forward and backward once over the batch. The target EMA runs once on all
+inputs at x_t and once on the second half-steps.
 
-Choices that the paper leaves open, or prints otherwise:
-  * The poster's equation (10) shows `t` in the second half-step, where the derivation
+Choices that the paper leaves open, and departures from its text:
+  * The poster's equation (10) has `t` in the second half-step, where the derivation
     needs `t + d`; we use `t + d`.
-  * It shows the online network in x'; `midpoint = 'online'` does that, at the price
-    of one more forward pass. 'target' is the default.
-  * Guidance targets come from the target average, as in the table's "twin EMA" row.
-  * `batch_split` gives each term its share of the batch; each term is a mean over its
-    samples, so the shares change the variance of a term and not its weight.
-  * t ~ U(0, 1) where d = 0. In self-consistency the step sizes 2d are dealt in equal
-    numbers and t is uniform on the multiples of 2d.
+  * It uses the online network in x'. `midpoint = 'online'` does the same, at the cost
+    of one more forward pass; 'target' is the default.
+  * Guidance targets use the target EMA, as in the table's "twin EMA" row.
+  * Each term is a mean over its own samples, so `batch_split` changes the variance of a
+    term and not its weight.
+  * t ~ U(0, 1) where d = 0. In self-consistency the step sizes 2d have equal numbers of
+    samples, and t is uniform on the multiples of 2d.
 """
 
 import dataclasses
@@ -34,62 +34,43 @@ import jax
 import jax.numpy as jnp
 
 from ism_jax.method import guidance, interpolant, time_grid, training_batch
+from ism_jax.method.loss_terms import loss_terms
 from ism_jax.method.training_batch import Batch, Inputs, apply_together
-from ism_jax.objectives.base import BaseObjective, check_fraction
-
-PARTS = ('velocity', 'guidance', 'consistency')
+from ism_jax.objectives.base import BaseObjective, option
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(BaseObjective):
-    """See the module.
+    """Improved shortcut models; see the module."""
 
-    Attributes:
-      label_dropout: probability that a label becomes `null`, in the velocity term.
-      batch_split: ratio velocity : guidance : consistency of a batch, whole numbers.
-      loss_weights: (a_v, a_g, a_c).
-      base_steps: 1 / the finest step, a power of two.
-      intrinsic_guidance: False gives the guidance term's share to the velocity term
-        and keeps w = 0 everywhere.
-      guidance_max, guidance_step: w is drawn from {step, 2 step, ..., max}, and 0 too
-        in self-consistency.
-      guidance_interval: guidance acts from this time on; 0 switches the interval off.
-      midpoint: which network moves to x', 'target' or 'online'.
-    """
-
-    label_dropout: float = 0.1
-    # Open in the paper, as is `midpoint`; figures as in `ism_jax.config.default`:
-    # (1, 1, 2) 23.2 / 10.3, (6, 1, 1) 22.8 / 10.8.
-    batch_split: tuple[int, int, int] = (2, 1, 1)
-    loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    base_steps: int = 128
-    intrinsic_guidance: bool = True
-    guidance_max: float = 3.5
-    guidance_step: float = 0.25
-    guidance_interval: float = 0.3
-    midpoint: Literal['target', 'online'] = 'target'  # 'online' 21.0 / 10.4.
-
-    def __post_init__(self):
-        check_fraction('objective.label_dropout', self.label_dropout)
-        check_fraction('objective.guidance_interval', self.guidance_interval)
-        time_grid.check_base_steps(self.base_steps, 'objective.base_steps')
-        _check_triple('objective.batch_split', self.batch_split)
-        _check_triple('objective.loss_weights', self.loss_weights)
-        if any(share != int(share) for share in self.batch_split):
-            raise ValueError(
-                f'objective.batch_split = {self.batch_split} must be whole numbers, '
-                'such as (2, 1, 1) for a half and two quarters'
-            )
-        if self.midpoint not in ('target', 'online'):
-            raise ValueError(
-                f"objective.midpoint = {self.midpoint!r} must be 'target' or 'online'"
-            )
-        count = self.guidance_max / self.guidance_step if self.guidance_step > 0 else 0
-        if count < 1 or abs(count - round(count)) > 1e-6:
-            raise ValueError(
-                f'objective.guidance_max = {self.guidance_max} must be a positive '
-                f'multiple of objective.guidance_step = {self.guidance_step}'
-            )
+    label_dropout: float = option(
+        0.1, 'probability that a label becomes null, in the velocity term'
+    )
+    # Open in the paper, as is `midpoint`. Frechet distances in 1 / 4 steps of
+    # `configs/ablation.py:ism`: (2, 1, 1) 20.6 / 9.6, (1, 1, 2) 23.2 / 10.3,
+    # (6, 1, 1) 22.8 / 10.8.
+    batch_split: tuple[int, int, int] = option(
+        (2, 1, 1), 'ratio of samples, velocity : guidance : consistency'
+    )
+    loss_weights: tuple[float, float, float] = option(
+        (1.0, 1.0, 1.0), 'weights of velocity, guidance and consistency'
+    )
+    base_steps: int = option(128, '1 / the finest step size, a power of two')
+    intrinsic_guidance: bool = option(
+        True,
+        'condition on w; False keeps w = 0, and velocity takes the guidance samples',
+    )
+    guidance_max: float = option(3.5, 'largest guidance scale w in training')
+    guidance_step: float = option(
+        0.25, 'w is drawn from step, 2 step, ..., max, and 0 in self-consistency'
+    )
+    guidance_interval: float = option(
+        0.3, 'time from which guidance acts; 0 for all times'
+    )
+    # 'target' 20.6 / 9.6, 'online' 21.0 / 10.4.
+    midpoint: Literal['target', 'online'] = option(
+        'target', "network of the first half-step: 'target' (EMA) or 'online'"
+    )
 
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress
@@ -97,58 +78,47 @@ class Objective(BaseObjective):
         del progress  # No curriculum.
         key_v, key_g, key_c = jax.random.split(key, 3)
         batch_v, batch_g, batch_c = training_batch.split(batch, self._shares())
-        patterns = batch.label.shape[0] // self.batch_multiple
+        repeats = batch.label.shape[0] // self.batch_multiple
 
-        # The finest steps are `d = 0` calls: one teacher batch holds all that start
-        # at x_t, whatever their step size and guidance.
+        # One teacher call for everything at x_t, whatever its step size and guidance.
         velocity = self._velocity_inputs(batch_v, key_v)
         guided = self._guided_inputs(batch_g, key_g)
         coarse, d = self._consistency_inputs(batch_c, key_c)
         fine = coarse._replace(d=time_grid.embedded_step(d, self.base_steps))
-        unlabeled = guided._replace(label=jnp.full_like(guided.label, self.num_classes))
+        unguided = guided._replace(w=jnp.zeros_like(guided.w))
+        null = jnp.full_like(guided.label, self.num_classes)
         conditional, unconditional, first = apply_together(
-            apply,
-            target_params,
-            patterns,
-            guided._replace(w=jnp.zeros_like(guided.w)),
-            unlabeled._replace(w=jnp.zeros_like(guided.w)),
-            fine,
+            apply, target_params, repeats, unguided, unguided._replace(label=null), fine
         )
-        midpoint = first
+        move = first
         if self.midpoint == 'online':
-            (midpoint,) = apply_together(apply, params, patterns, fine)
-        second_inputs = fine._replace(
-            x=interpolant.step(fine.x, midpoint, d), t=fine.t + d
-        )
-        (second,) = apply_together(apply, target_params, patterns, second_inputs)
+            (move,) = apply_together(apply, params, repeats, fine)
+        midpoint = fine._replace(x=interpolant.step(fine.x, move, d), t=fine.t + d)
+        (second,) = apply_together(apply, target_params, repeats, midpoint)
 
-        targets = (
-            batch_v.data - batch_v.noise,
-            guidance.guided_velocity(
-                batch_g.data - batch_g.noise,
-                conditional,
-                unconditional,
-                guidance.interval_guidance(guided.w, guided.t, self.guidance_interval),
-            ),
-            0.5 * (first + second),
+        guided_target = guidance.guided_velocity(
+            batch_g.data - batch_g.noise,
+            conditional,
+            unconditional,
+            guidance.interval_guidance(guided.w, guided.t, self.guidance_interval),
         )
-        predictions = apply_together(apply, params, patterns, velocity, guided, coarse)
-
-        loss, metrics = jnp.zeros(()), {}
-        for name, weight, prediction, target in zip(
-            PARTS, self.loss_weights, predictions, targets, strict=True
-        ):
-            if not prediction.shape[0]:
-                continue
-            values, parts = distance(prediction - jax.lax.stop_gradient(target))
-            loss += weight * values.mean()
-            metrics[f'{name}/loss'] = values.mean()
-            metrics |= {f'{name}/{part}': e.mean() for part, e in parts.items()}
-            if name == 'consistency':
-                metrics |= self._per_level(values, coarse.d)
-        return loss, metrics
+        prediction_v, prediction_g, prediction_c = apply_together(
+            apply, params, repeats, velocity, guided, coarse
+        )
+        errors, metrics = loss_terms(
+            distance,
+            velocity=(prediction_v, batch_v.data - batch_v.noise),
+            guidance=(prediction_g, guided_target),
+            consistency=(prediction_c, 0.5 * (first + second)),
+        )
+        if 'consistency' in errors:
+            metrics |= self._per_level(errors['consistency'], coarse.d)
+        terms = ('velocity', 'guidance', 'consistency')
+        weights = dict(zip(terms, self.loss_weights, strict=True))
+        return sum(weights[name] * errors[name].mean() for name in errors), metrics
 
     def _shares(self) -> tuple[int, int, int]:
+        """`batch_split`, with the guidance share moved to velocity if unused."""
         velocity, guided, consistency = self.batch_split
         if self.intrinsic_guidance:
             return velocity, guided, consistency
@@ -157,7 +127,7 @@ class Objective(BaseObjective):
     def _velocity_inputs(self, batch: Batch, key) -> Inputs:
         key_t, key_label = jax.random.split(key)
         t = jax.random.uniform(key_t, batch.label.shape)
-        label = interpolant.drop_labels(
+        label = guidance.drop_labels(
             key_label, batch.label, self.label_dropout, self.num_classes
         )
         x = interpolant.interpolate(batch.noise, batch.data, t)
@@ -171,11 +141,11 @@ class Objective(BaseObjective):
         return Inputs(x, t, jnp.zeros_like(t), w, batch.label)
 
     def _consistency_inputs(self, batch: Batch, key) -> tuple[Inputs, jax.Array]:
-        """Inputs of the whole step 2d, and the half step d [B]."""
+        """Inputs of the step 2d, and the half-step d [B]."""
         key_level, key_t, key_w = jax.random.split(key, 3)
         num = batch.label.shape[0]
         levels = time_grid.num_levels(self.base_steps)
-        # Each size equally often, and whose turn it is to get one more at random.
+        # Equal numbers of each size; a random offset picks the sizes with one more.
         level = (
             jnp.arange(num) + jax.random.randint(key_level, (), 0, levels)
         ) % levels
@@ -194,12 +164,12 @@ class Objective(BaseObjective):
         return guidance.sample_guidance(key, num, values)
 
     def _per_level(self, values, whole_step) -> dict[str, jax.Array]:
-        """Mean self-consistency error and number of samples of each step size."""
+        """Mean self-consistency error and number of samples for each step size."""
         metrics = {}
         for level in range(time_grid.num_levels(self.base_steps)):
-            chosen = whole_step == 0.5**level
-            count = chosen.sum()
-            error = jnp.where(chosen, values, 0.0).sum() / jnp.maximum(count, 1)
+            at_level = whole_step == 0.5**level
+            count = at_level.sum()
+            error = jnp.where(at_level, values, 0.0).sum() / jnp.maximum(count, 1)
             metrics[f'consistency_error/step_1_over_{2**level}'] = error
             metrics[f'consistency_samples/step_1_over_{2**level}'] = count
         return metrics
@@ -214,26 +184,14 @@ class Objective(BaseObjective):
 
     @property
     def batch_multiple(self) -> int:
-        """Batch sizes must be a multiple of this, so that the split is exact."""
         return sum(self.batch_split)
 
     @property
     def min_batch(self) -> int:
-        """Smallest batch in which self-consistency sees every step size.
-
-        With fewer samples some sizes would never be trained in a step; official
-        shortcut-models code then silently gives every sample the size 1.
-        """
+        # Every step size is trained in every batch. In smaller batches the official
+        # shortcut-models code silently gives every sample the size 1.
         consistency = self._shares()[2]
         if not consistency:
             return self.batch_multiple
-        patterns = math.ceil(time_grid.num_levels(self.base_steps) / consistency)
-        return patterns * self.batch_multiple
-
-
-def _check_triple(name: str, values) -> None:
-    if len(values) != 3 or min(values) < 0 or not 0 < sum(values) < math.inf:
-        raise ValueError(
-            f'{name} = {values} must be three numbers of at least 0, not all 0: '
-            'velocity, guidance, consistency'
-        )
+        repeats = math.ceil(time_grid.num_levels(self.base_steps) / consistency)
+        return repeats * self.batch_multiple

@@ -1,6 +1,6 @@
 """Shortcut Models (SM; Frans et al., arXiv 2410.12557), after the official code.
 
-One in `bootstrap_every` samples is bootstrapped, the others are flow matching:
+One in `bootstrap_every` samples is bootstrapped; the others train flow matching:
 
     flow       s(x_t, t, c', 0)  against  x1 - (1 - 1e-5) x0,
                  x_t = (1 - (1 - 1e-5) t) x0 + t x1,  t a multiple of 1/128
@@ -8,21 +8,21 @@ One in `bootstrap_every` samples is bootstrapped, the others are flow matching:
                  g1 = G[s'](x_t, t, c, d),  g2 = G[s'](x', t + d, c, d),
                  x' = clip( x_t + d g1 )
 
-with s' the average and, at the levels that `cfg_levels` names, classifier-free guidance
-G[s'](c) = s'(null) + (1 + w) (s'(c) - s'(null)); elsewhere G[s'] = s'. The scale 1 + w
-is fixed in training. With 'finest', as in the official code, it enters once, in steps
-of 1/128, and is passed on. With 'all' it is applied again at every doubling, and grows
-to (1 + w) ** log2(N) in a step over N finest ones (iSM, arXiv 2510.21250,
-proposition 1: compounding guidance); `null` itself is bootstrapped nowhere, as in the
-official code, so its long steps are learned only as far as the network generalises.
+with s' the target EMA and, at the levels that `cfg_levels` names, classifier-free
+guidance G[s'](c) = s'(null) + (1 + w) (s'(c) - s'(null)); at other levels G[s'] = s'.
+Training fixes w. With 'finest', as in the official code, guidance enters once, in steps
+of 1/128, and coarser steps inherit it. With 'all' it is applied at every doubling and
+compounds to a scale of (1 + w) ** log2(N) in a step over N finest ones (iSM, arXiv
+2510.21250, proposition 1). As in the official code, the null label itself is never
+bootstrapped: its long steps are learned only as far as the network generalises.
 
-Sampler: x + 2d s(x, t, c, 2d); the finest step is an instantaneous velocity, which
-training has not guided, so it takes classifier-free guidance with the same scale, as
-in the official code's evaluation while training.
+Sampler: x + 2d s(x, t, c, 2d). The finest step is the instantaneous velocity, which
+training does not guide, so the sampler applies classifier-free guidance with the same
+w, as the official code does in its evaluation during training.
 
-Differences from the official code: the bootstrapped samples and those of flow matching
-are never the same images, and none is left out. Its average for targets has the decay
-0.999; here `config.ema` says.
+Differences from the official code: bootstrapped and flow-matching samples are always
+different images, and every image of the batch is used. The official target EMA has the
+decay 0.999; here it is an option of the training.
 """
 
 import dataclasses
@@ -32,55 +32,30 @@ import jax
 import jax.numpy as jnp
 
 from ism_jax.method import guidance, interpolant, time_grid, training_batch
+from ism_jax.method.loss_terms import loss_terms
 from ism_jax.method.training_batch import Batch, Inputs
-from ism_jax.objectives.base import BaseObjective, check_fraction
+from ism_jax.objectives.base import BaseObjective, option
 
-# The path ends at a little noise, as in the official code.
+# Noise that remains at t = 1, as in the official code.
 NOISE_FLOOR = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective(BaseObjective):
-    """See the module.
+    """Shortcut Models; see the module."""
 
-    Attributes:
-      label_dropout: probability that a label becomes `null`, in flow matching.
-      bootstrap_every: one in so many samples is bootstrapped.
-      base_steps: 1 / the finest step, a power of two.
-      guidance: w = scale - 1 of the guidance in the targets; 0 for none.
-      cfg_levels: where it is applied, 'finest' or 'all'.
-      target_clip: midpoints and bootstrapped targets are kept in [-clip, clip].
-    """
-
-    label_dropout: float = 0.1
-    bootstrap_every: int = 8
-    base_steps: int = 128
-    guidance: float = 0.5
-    cfg_levels: Literal['finest', 'all'] = 'finest'
-    target_clip: float = 4.0
-
-    def __post_init__(self):
-        check_fraction('objective.label_dropout', self.label_dropout)
-        time_grid.check_base_steps(self.base_steps, 'objective.base_steps')
-        if self.bootstrap_every < 2:
-            raise ValueError(
-                f'objective.bootstrap_every = {self.bootstrap_every} must be at least '
-                '2, so that a share of the batch is left for flow matching; 8 is usual'
-            )
-        if not self.guidance >= 0:
-            raise ValueError(
-                f'objective.guidance = {self.guidance} must be at least 0; it is the '
-                'scale - 1, 0.5 for a scale of 1.5'
-            )
-        if self.cfg_levels not in ('finest', 'all'):
-            raise ValueError(
-                f"objective.cfg_levels = {self.cfg_levels!r} must be 'finest' or 'all'"
-            )
-        if not self.target_clip > 0:
-            raise ValueError(
-                f'objective.target_clip = {self.target_clip} must be above 0; 4 is '
-                "usual, float('inf') clips nothing"
-            )
+    label_dropout: float = option(
+        0.1, 'probability that a label becomes null, in flow matching'
+    )
+    bootstrap_every: int = option(8, 'one in this number of samples is bootstrapped')
+    base_steps: int = option(128, '1 / the finest step size, a power of two')
+    guidance: float = option(0.5, 'guidance scale w in the targets; 0 for none')
+    cfg_levels: Literal['finest', 'all'] = option(
+        'finest', "step sizes whose targets are guided: 'finest' or 'all'"
+    )
+    target_clip: float = option(
+        4.0, 'midpoints and bootstrap targets are clipped to [-clip, clip]'
+    )
 
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress
@@ -88,57 +63,44 @@ class Objective(BaseObjective):
         del progress  # No curriculum.
         key_t, key_label, key_start = jax.random.split(key, 3)
         batch_b, batch_f = training_batch.split(batch, (1, self.bootstrap_every - 1))
-        patterns = batch_b.label.shape[0]
+        size, repeats = batch.label.shape[0], batch_b.label.shape[0]
 
         t = jax.random.randint(key_t, batch_f.label.shape, 0, self.base_steps)
         t = t.astype(jnp.float32) / self.base_steps
         zeros = jnp.zeros_like(t)
-        label = interpolant.drop_labels(
+        label = guidance.drop_labels(
             key_label, batch_f.label, self.label_dropout, self.num_classes
         )
         flow = Inputs(self._interpolate(batch_f, t), t, zeros, zeros, label)
         flow_target = batch_f.data - (1 - NOISE_FLOOR) * batch_f.noise
 
-        # Each size equally often; what is left over are whole paths.
+        # Equal numbers of each step size; the remaining samples step over the whole
+        # path.
         levels = time_grid.num_levels(self.base_steps)
-        number = jnp.arange(patterns)
-        even = patterns // levels * levels
-        level = jnp.where(number < even, number % levels, 0)
+        number = jnp.arange(repeats)
+        level = jnp.where(number < repeats // levels * levels, number % levels, 0)
         steps = 2.0 ** level.astype(jnp.float32)  # Whole steps on the path: 1 / 2d.
-        t = jnp.floor(jax.random.uniform(key_start, (patterns,)) * steps) / steps
-        coarse = Inputs(
-            self._interpolate(batch_b, t),
-            t,
-            1 / steps,
-            jnp.zeros_like(t),
-            batch_b.label,
-        )
-        target = self.bootstrap_target(
-            apply, target_params, coarse.x, t, 0.5 / steps, batch_b.label
+        t = jnp.floor(jax.random.uniform(key_start, (repeats,)) * steps) / steps
+        x_t, zeros = self._interpolate(batch_b, t), jnp.zeros_like(t)
+        coarse = Inputs(x_t, t, 1 / steps, zeros, batch_b.label)
+        bootstrap_target = self.bootstrap_target(
+            apply, target_params, x_t, t, 0.5 / steps, batch_b.label
         )
 
-        predictions = training_batch.apply_together(
-            apply, params, patterns, coarse, flow
+        bootstrap, velocity = training_batch.apply_together(
+            apply, params, repeats, coarse, flow
         )
-        loss, metrics = jnp.zeros(()), {}
-        for name, prediction, target in zip(
-            ('bootstrap', 'velocity'), predictions, (target, flow_target), strict=True
-        ):
-            values, parts = distance(prediction - jax.lax.stop_gradient(target))
-            loss += values.sum() / batch.label.shape[0]
-            metrics[f'{name}/loss'] = values.mean()
-            metrics |= {f'{name}/{part}': e.mean() for part, e in parts.items()}
-        return loss, metrics
+        errors, metrics = loss_terms(
+            distance,
+            bootstrap=(bootstrap, bootstrap_target),
+            velocity=(velocity, flow_target),
+        )
+        return sum(error.sum() / size for error in errors.values()), metrics
 
     def bootstrap_target(self, apply, params, x, t, d, label) -> jax.Array:
-        """Mean of two steps of size d, the target of one of size 2d.
+        """Mean velocity of two steps of size d, the target of one of size 2d.
 
-        Args:
-          apply, params: the network and the average that makes targets.
-          x: [B, H, W, C]; t, d, label: [B], `d` the half step.
-
-        Returns:
-          [B, H, W, C].
+        `params` are the target EMA; x is [B, H, W, C], and t, d and label are [B].
         """
         guided = (d < 1.5 / self.base_steps) | (self.cfg_levels == 'all')
         w = jnp.where(guided, self.guidance, 0.0)
@@ -149,7 +111,7 @@ class Objective(BaseObjective):
         return clip(0.5 * (first + second))
 
     def _guided(self, apply, params, x, t, d, w, label):
-        """A step's velocity with classifier-free guidance of strength w [B]."""
+        """A step's velocity with classifier-free guidance of scale w [B]."""
         embedded = time_grid.embedded_step(d, self.base_steps)
         if not self.guidance:
             return apply(params, x, t, embedded, jnp.zeros_like(t), label)
@@ -178,7 +140,7 @@ class Objective(BaseObjective):
 
     @property
     def min_batch(self) -> int:
-        """So that every step size is trained in every batch."""
+        # Every step size is trained in every batch.
         return time_grid.num_levels(self.base_steps) * self.bootstrap_every
 
     @property

@@ -1,42 +1,87 @@
-"""How the commands end: an expected error is one line, not a traceback.
+"""How the commands start and end: bad input is one line and exit code 2.
 
-Exit codes: 0 when all is done, 2 for bad input, 1 for other expected errors, 75 when a
-signal asked to stop and everything is saved (the same command goes on), 130 when it was
-Ctrl-C.
+Exit codes: 0 for success, 2 for bad input, 1 for other expected errors, 75 when a
+signal asked to stop and everything is saved (the same command resumes), 130 when that
+was Ctrl-C.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+import re
 import sys
+import traceback
 
-from absl import logging
+from absl import app, flags, logging
 import jax
+from ml_collections import config_flags
 
 from ism_jax.runtime import distributed, preemption
 
+_HELP = ('--help', '-help', '--helpshort', '--helpfull', '-h', '-?')
 
-def main(run: Callable[[], None], *expected: type[Exception]):
-    """A main function for `absl.app.run`.
+
+def run(
+    main: Callable[..., None],
+    *expected: type[Exception],
+    topics: Mapping[str, Callable[[], str]] | None = None,
+    commands: Sequence[str] = (),
+) -> None:
+    """Parses the flags, runs a command and ends the process.
 
     Args:
-      run: does the work; reads its flags itself.
-      *expected: kinds of error that are told in one line, besides ValueError and
+      main: the command; takes the subcommand if there are `commands`. Reads its flags
+        itself.
+      *expected: errors that are printed in one line, besides ValueError and
         `preemption.Preempted`.
+      topics: what `--help=TOPIC` prints, by topic.
+      commands: subcommands; the first argument must be one of them. A '' among them
+        makes it optional.
     """
+    topics = topics or {}
 
-    def wrapped(argv: Sequence[str]) -> None:
+    def parse(argv: Sequence[str]) -> list[str]:
+        asked = [a.partition('=')[2] for a in argv if a.startswith('--help=')]
+        if set(_HELP) & set(argv) or (asked and asked[0] not in topics):
+            _print_help(topics)
+            sys.exit(0)
+        rest = _parse([a for a in argv if not a.startswith('--help=')])
+        if asked:
+            print(topics[asked[0]]())
+            sys.exit(0)
+        return rest
+
+    app.run(guard(main, *expected, commands=commands), flags_parser=parse)
+
+
+def guard(
+    main: Callable[..., None], *expected: type[Exception], commands: Sequence[str] = ()
+) -> Callable[[Sequence[str]], None]:
+    """`main` as a function of argv, its expected errors in one line; see `run`."""
+
+    def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
-            if argv[1:]:
-                raise ValueError(f'{argv[1]!r} is no flag; --help lists the flags')
-            run()
+            arguments, chosen = list(argv[1:]), []
+            if commands:
+                given = arguments[:1]
+                chosen = given if given and given[0] in commands else ['']
+                arguments = arguments[1:] if chosen == given else arguments
+                if chosen[0] not in commands:
+                    names = ', '.join(filter(None, commands))
+                    raise ValueError(
+                        f'give one of the commands {names}; --help shows examples'
+                    )
+            if arguments:
+                raise ValueError(f'{arguments[0]!r} is no flag; --help lists the flags')
+            main(*chosen)
         except preemption.Preempted as error:
             print(error, file=sys.stderr)
             distributed.leave(error.exit_code)
         except (ValueError, *expected) as error:
+            # JAX raises ValueError too where it has lost another process.
+            package = Path(__file__).parents[1]
             several = jax.distributed.is_initialized()
-            # JAX says ValueError too where it has lost another process.
-            if several and not distributed.is_told_by(error, Path(__file__).parents[1]):
+            if several and not distributed.is_raised_by(error, package):
                 distributed.fail(error)
             print(f'error: {error}', file=sys.stderr)
             distributed.leave(2 if isinstance(error, ValueError) else 1)
@@ -45,14 +90,79 @@ def main(run: Callable[[], None], *expected: type[Exception]):
                 raise
             distributed.fail(error)
 
-    return wrapped
+    return guarded
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; a mistake ends the process with one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)
+        # A config file that cannot be read raises only when it is used.
+        hasattr(getattr(flags.FLAGS, 'config', None), 'keys')
+        return rest
+    except (flags.Error, OSError, AttributeError, KeyError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.name == 'get_config' for frame in frames):
+            raise  # A mistake in the config file.
+        print(f'error: {_in_one_line(error, argv)}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _in_one_line(error: Exception, argv: Sequence[str]) -> str:
+    text = str(error)
+    if isinstance(error, OSError):
+        path = flags.FLAGS['config'].config_filename.partition(':')[0]
+        reason = 'cannot be read' if Path(path).is_file() else 'does not exist'
+        return f'--config {path} {reason}; give one such as configs/quickstart.py'
+    if 'whilst parsing config file' in text:  # Followed by a traceback.
+        return text.strip().splitlines()[-1].removeprefix('ValueError: ')
+    if isinstance(error, (AttributeError, KeyError)):
+        name = re.search(r"'(\w+)\\?'", text)[1]
+        close = re.search(r'Did you mean "(\w+)"', text)
+        flag = [a for a in argv if name in a.partition('=')[0].split('.')]
+        return (
+            f'{flag[0] if flag else name}: the config has no field {name!r}'
+            + (f'; did you mean {close[1]!r}?' if close else '')
+            + ' (--help=config lists the fields)'
+        )
+    return ' '.join(text.split())
+
+
+def _print_help(topics: Mapping[str, Callable[[], str]]) -> None:
+    print((sys.modules['__main__'].__doc__ or '').strip())
+    print('\nflags:\n' + flags.FLAGS.main_module_help().partition('\n')[2])
+    if others := flags.FLAGS.module_help(distributed.__name__).partition('\n')[2]:
+        print('\nflags of several processes:\n' + others)
+    for topic in topics:
+        print(f'\n--help={topic} prints more.')
+
+
+def define_config_flag() -> None:
+    """The flag `--config`: a config file, whose fields are flags too."""
+    text = 'Config file, such as configs/quickstart.py.'
+    config_flags.DEFINE_config_file('config', None, text, lock_config=True)
+
+
+def required_config(config):
+    """`FLAGS.config`, which must be given.
+
+    Raises:
+      ValueError: it is missing.
+    """
+    if config is None:
+        raise ValueError('--config is missing; give one such as configs/quickstart.py')
+    return config
 
 
 def parse_numbers(text: str, kind) -> tuple:
     """Numbers of '1,2,4'.
 
+    Args:
+      text: comma-separated.
+      kind: int or float.
+
     Raises:
-      ValueError: something that is no number of the kind.
+      ValueError: an element is not a number of that kind.
     """
     try:
         return tuple(kind(part) for part in parse_list(text))

@@ -1,15 +1,15 @@
-"""Several processes: how they find each other, agree, and end together.
+"""Several processes: how they start, agree, and end together.
 
-On a TPU pod, in a SLURM step or under Open MPI each process learns from its
-surroundings who it is; elsewhere flags say so. A process that dies takes the others
-with it: JAX's service misses its heartbeat and ends them, at the latest after
-`--heartbeat_seconds`.
+On a TPU pod, in a SLURM step, under Open MPI or on GKE each process learns its number
+from the environment; elsewhere flags give it. When a process dies, JAX's coordination
+service ends the others, after `--heartbeat_seconds` at most.
 """
 
 from collections.abc import Callable, Mapping
 import json
 import os
 from pathlib import Path
+import secrets
 import sys
 import threading
 import time
@@ -22,10 +22,10 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 KINDS = ('auto', 'on', 'off')
-# How long a process that ends with an error waits for others that do so too.
+# How long a process that ends with an error waits for others to do the same.
 GRACE_SECONDS = 5.0
-_LOOK_AGAIN_SECONDS = 0.5
-# Commands whose processes work alone wait for the slowest at the end.
+_POLL_SECONDS = 0.5
+# Commands whose processes work independently wait for the slowest at the end.
 _SHUTDOWN_SECONDS = 24 * 3600
 _FLAGS = ('coordinator', 'num_processes', 'process_id')
 
@@ -36,16 +36,21 @@ def define_flags() -> None:
         'distributed',
         'auto',
         KINDS,
-        "Several processes: 'auto' starts so where the environment shows them (SLURM, "
-        "Open MPI, GKE); 'on' insists and also asks a TPU VM's metadata.",
+        "Several processes: 'auto' where the environment has them (SLURM, Open MPI, "
+        "GKE); 'on' requires them and also reads a TPU VM's metadata.",
     )
     flags.DEFINE_string(
         'coordinator', None, 'HOST:PORT of process 0, the same for all.'
     )
-    flags.DEFINE_integer('num_processes', None, 'How many there are.', lower_bound=1)
-    flags.DEFINE_integer('process_id', None, 'Which this is, from 0.', lower_bound=0)
+    flags.DEFINE_integer('num_processes', None, 'Number of processes.', lower_bound=1)
     flags.DEFINE_integer(
-        'heartbeat_seconds', 60, 'A process silent for so long ends all.', lower_bound=5
+        'process_id', None, 'Number of this process, from 0.', lower_bound=0
+    )
+    flags.DEFINE_integer(
+        'heartbeat_seconds',
+        60,
+        'Without a heartbeat for so long, all end.',
+        lower_bound=5,
     )
 
 
@@ -66,21 +71,20 @@ def start(
     process_id: int | None = None,
     heartbeat_seconds: int = 60,
 ) -> None:
-    """Joins the other processes, if there are any. To be called before JAX is used.
+    """Joins the other processes, if there are any; called before JAX is used.
 
     Args:
       kind: of `KINDS`; see `define_flags`.
       coordinator: 'HOST:PORT' at which the first process listens.
-      num_processes, process_id: how many there are, and which this is. These three are
-        given together or not at all.
-      heartbeat_seconds: when a process that is silent counts as dead.
+      num_processes, process_id: given together with `coordinator`, or not at all.
+      heartbeat_seconds: time without a heartbeat after which a process counts as dead.
 
     Raises:
       ValueError: settings that contradict each other, or `on` where JAX finds no
         cluster.
-      RuntimeError: the others did not come.
+      RuntimeError: the others did not join.
     """
-    given = dict(zip(_FLAGS, (coordinator, num_processes, process_id)))
+    given = dict(zip(_FLAGS, (coordinator, num_processes, process_id), strict=True))
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
         raise ValueError(
@@ -103,7 +107,7 @@ def start(
             )
     elif kind == 'off' or (kind == 'auto' and not shows_processes(os.environ)):
         return
-    # Which tells all of them when one is about to be taken away.
+    # The service that tells all processes when one is about to be preempted.
     jax.config.update('jax_enable_preemption_service', True)
     options = dict(
         coordinator_address=coordinator,
@@ -113,7 +117,7 @@ def start(
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
     if explicit:
-        # All devices that the process sees, whatever cluster it may run on.
+        # All devices of the process, whatever cluster it runs on.
         options['cluster_detection_method'] = 'deactivate'
     try:
         jax.distributed.initialize(**options)
@@ -125,7 +129,7 @@ def start(
 
 
 def shows_processes(environment: Mapping[str, str]) -> bool:
-    """Whether environment variables tell of more than one process."""
+    """Whether environment variables describe more than one process."""
     counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
     many = any(int(environment.get(name) or 1) > 1 for name in counts)
     # Of GKE; multislice jobs of one host each have the coordinator alone.
@@ -134,100 +138,121 @@ def shows_processes(environment: Mapping[str, str]) -> bool:
 
 
 def first(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the first process, for all of them; they must all call.
+    """The first process's `make()`, in all processes; all must call.
 
     Args:
       make: returns something that JSON can hold.
 
     Raises:
-      ValueError: in all, where it is raised in the first.
+      ValueError: in all processes, if it is raised in the first.
     """
     if jax.process_count() == 1:
         return make()
-    told = {}
+    sent = {}
     if jax.process_index() == 0:
         try:
-            told['value'] = make()
+            sent['value'] = make()
         except ValueError as error:
-            told['error'] = str(error)
-    content = np.frombuffer(json.dumps(told).encode(), np.uint8)
+            sent['error'] = str(error)
+    content = np.frombuffer(json.dumps(sent).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
     padded = np.zeros(size, np.uint8)
     if jax.process_index() == 0:
         padded[:] = content
-    told = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
-    if 'error' in told:
-        raise ValueError(told['error'])
-    return told['value']
+    sent = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))))
+    if 'error' in sent:
+        raise ValueError(sent['error'])
+    return sent['value']
 
 
 def define_share_flags(what: str) -> None:
-    """The flags that `share_by_flags` reads; `what` is shared."""
+    """The flags that `share_by_flags` reads; `what` names what is shared."""
     flags.DEFINE_integer(
         'process_index',
         None,
         f'Which share of the {what} to make; by default that of --process_id. For '
-        'processes that do not know each other.',
+        'processes that are started independently.',
     )
-    flags.DEFINE_integer('process_count', None, 'How many processes share them.')
+    flags.DEFINE_integer('process_count', None, 'Number of processes that share them.')
 
 
 def share_by_flags(values) -> dict[str, Any]:
     """Arguments of work that processes share, each on its own devices.
 
     Returns:
-      `process_index`, `process_count`, and `wait`: whether the first may wait for what
-      the others make, because they are known to be at work.
+      `process_index`, `process_count`, and `wait`: whether the first process may wait
+      for the others, because they are known to run.
 
     Raises:
-      ValueError: one flag without the other.
+      ValueError: one flag without the other, or an index out of range.
     """
     given = values.process_index, values.process_count
     if given == (None, None):
         index, count = jax.process_index(), jax.process_count()
         return dict(process_index=index, process_count=count, wait=count > 1)
-    if None in given:
-        raise ValueError('give --process_index and --process_count together')
+    if None in given or not 0 <= given[0] < given[1]:
+        raise ValueError(
+            f'--process_index {given[0]} and --process_count {given[1]} must be given '
+            'together, and the index must be in 0 .. count - 1'
+        )
     return dict(process_index=given[0], process_count=given[1], wait=False)
 
 
+def check_shared(folder: Path) -> None:
+    """Checks that all processes see the same folder.
+
+    Raises:
+      ValueError: a process does not see what the first wrote.
+    """
+    name = first(lambda: f'.shared_{secrets.token_hex(8)}')
+    first(lambda: (folder / name).touch())
+    sees = multihost_utils.process_allgather(np.bool_((folder / name).exists()))
+    first(lambda: (folder / name).unlink())
+    if not np.all(sees):
+        raise ValueError(
+            f'processes {np.flatnonzero(~np.ravel(sees)).tolist()} do not see '
+            f'{folder} as the first does; give a --workdir on a file system that all '
+            'of them share'
+        )
+
+
 def wait_until(done: Callable[[], bool]) -> None:
-    """Waits for what other processes do; when one dies, JAX's service ends the wait."""
+    """Waits for other processes; when one dies, JAX's service ends the wait."""
     while not done():
-        time.sleep(_LOOK_AGAIN_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """An array that is spread over processes, in each; they must all call."""
+    """The whole of a distributed array, in each process; all must call."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def leave(code: int) -> None:
-    """Ends the process, without waiting for others that may never come.
+    """Ends the process, without waiting for others that may never end.
 
-    Where others end too, as after a bad input that all have read, they part in peace.
+    Where all end, as after a bad input that all have read, they disconnect first.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    parting.start()
-    parting.join(GRACE_SECONDS)
+    disconnect = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    disconnect.start()
+    disconnect.join(GRACE_SECONDS)
     os._exit(code)
 
 
 def fail(error: BaseException) -> None:
-    """Ends the process after an error that nobody expected, telling of it."""
+    """Prints an unexpected error and ends the process."""
     traceback.print_exception(error)
     index, count = jax.process_index(), jax.process_count()
     print(
-        f'error: process {index} of {count} stops because of the error above; where '
-        'that tells of a lost connection, another process has died and its own output '
-        'says why. All end now, what was saved stays, and the same command in all '
-        'processes goes on',
+        f'error: process {index} of {count} stops because of the error above. If that '
+        'is a lost connection, another process has died and its own output says why. '
+        'All processes end now; what was saved stays, and the same command in all '
+        'processes resumes the run',
         file=sys.stderr,
     )
     sys.stderr.flush()
@@ -235,8 +260,8 @@ def fail(error: BaseException) -> None:
     os._exit(1)
 
 
-def is_told_by(error: BaseException, package: str) -> bool:
-    """Whether an error was raised by code of a folder, not by what that calls."""
+def is_raised_by(error: BaseException, package: str) -> bool:
+    """Whether an error was raised by code in a folder, not by what that calls."""
     frame = error.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next

@@ -1,12 +1,36 @@
-"""Files that are written whole or not at all."""
+"""Local paths, and files that are written atomically."""
 
+import io
+import json
 import os
-import pathlib
+from pathlib import Path
+import re
+
+import numpy as np
+
+
+def local_path(path, name: str) -> Path:
+    """The path of a file or folder that a user gave; `~` is expanded.
+
+    Args:
+      path: text or path-like.
+      name: of the flag or argument, for the message.
+
+    Raises:
+      ValueError: a URL such as gs://bucket/run, which would become a local folder.
+    """
+    # Path('gs://bucket') is 'gs:/bucket'.
+    if re.match(r'[A-Za-z][\w+.-]+:/', os.fspath(path)):
+        raise ValueError(
+            f'{name} {path} is a URL, and only local paths work; mount the bucket, or '
+            'copy to and from it'
+        )
+    return Path(path).expanduser()
 
 
 def write_bytes(path, data: bytes) -> None:
-    """Writes a file, whole or not at all; its directory is made."""
-    path = pathlib.Path(path)
+    """Writes a file, completely or not at all; its directory is made."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, as a rename is atomic only within a file system.
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -15,3 +39,15 @@ def write_bytes(path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content, **options) -> None:
+    """Writes JSON like `write_bytes`; options are those of `json.dumps`."""
+    write_bytes(path, (json.dumps(content, indent=1, **options) + '\n').encode())
+
+
+def write_npz(path, /, **arrays) -> None:
+    """Writes arrays by name like `write_bytes`."""
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    write_bytes(path, out.getvalue())

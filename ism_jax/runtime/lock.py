@@ -1,4 +1,4 @@
-"""One run for each folder: a lock that dies with its process."""
+"""One run per folder: a lock that ends with its process."""
 
 import json
 import os
@@ -15,16 +15,16 @@ NAME = 'lock'
 
 
 class Lock:
-    """Holds a folder while it is entered.
+    """Locks a folder while it is entered.
 
-    The operating system takes the lock back when the process ends, however it ends, so
-    that a killed run leaves nothing that has to be cleaned up.
+    The operating system releases the lock when the process ends, however it ends, so
+    that a killed run leaves nothing to clean up.
 
     Args:
       folder: is made if it is missing.
 
     Raises:
-      ValueError: when entered, if another process holds it, which it names, or if the
+      ValueError: on entry, if another process holds the lock (it is named), or if the
         folder cannot be written to.
     """
 
@@ -51,7 +51,7 @@ class Lock:
             self._file.close()
             raise ValueError(
                 f'{self._path.parent} is used by another run{holder}; wait for it, end '
-                'it, or give a --workdir of its own'
+                'it, or give another --workdir'
             ) from error
         self._file.truncate(0)
         about = {'pid': os.getpid(), 'host': socket.gethostname()}
@@ -71,4 +71,4 @@ def _described(text: str) -> str:
         about = json.loads(text)
         return f' (process {about["pid"]} on {about["host"]} since {about["since"]})'
     except (ValueError, KeyError, TypeError):
-        return ''  # Whoever holds it has not written yet.
+        return ''  # The holder has not written yet.

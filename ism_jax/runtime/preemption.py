@@ -1,9 +1,9 @@
-"""Stopping when asked to: a run that gets a signal saves and says so by its exit code.
+"""Signals to stop: the run finishes its step, saves, and exits with a code of its own.
 
-SIGTERM is what cluster managers send before they take a machine away, SIGINT is Ctrl-C.
-The first asks, so that the step that runs is finished and saved; a second ends the
-process at once. In several processes JAX's own service sees SIGTERM and lets all agree
-on the step after which they stop.
+Cluster managers send SIGTERM before they take a machine away; SIGINT is Ctrl-C. After
+the first signal the current step is finished and saved; a second one ends the process
+at once. With several processes, JAX's preemption service receives SIGTERM and makes all
+of them stop after the same step.
 """
 
 import os
@@ -13,9 +13,9 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-# sysexits.h's EX_TEMPFAIL, "try again": nothing is wrong, the same command goes on.
+# sysexits.h's EX_TEMPFAIL, "try again": the same command resumes the run.
 EXIT_CODE = 75
-# What a shell reports of a program that Ctrl-C ended.
+# The exit code of a program that Ctrl-C ended, as shells have it.
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -32,7 +32,7 @@ class Preempted(RuntimeError):
 
 
 class Requests:
-    """Notices requests to stop while it is entered; handlers are given back after."""
+    """Handles signals to stop while it is entered; restores the handlers afterwards."""
 
     def __init__(self):
         self._signal = None
@@ -40,14 +40,14 @@ class Requests:
         self._previous = {}
 
     def __enter__(self):
-        # Elsewhere Python cannot take signals; whoever runs this there sees to it.
+        # Python handles signals in the main thread only.
         if threading.current_thread() is not threading.main_thread():
             return self
         if jax.process_count() == 1:
             kinds = [signal.SIGINT, signal.SIGTERM]
             self._previous = {k: signal.signal(k, self._notice) for k in kinds}
         else:
-            # JAX's service takes SIGTERM, and hears of Ctrl-C by it.
+            # JAX's service handles SIGTERM; Ctrl-C is passed on as that.
             pass_on = lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)
             self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, pass_on)}
         return self
@@ -58,9 +58,9 @@ class Requests:
         self._previous = {}
 
     def stop_after(self, step: int) -> bool:
-        """Whether to stop after this step; all processes get the same answer.
+        """Whether to stop after this step, the same in all processes.
 
-        Every process must ask at every step.
+        Every process must call it at every step.
         """
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
             step
@@ -69,29 +69,29 @@ class Requests:
         return self._signal is not None
 
     def nothing_to_save(self) -> None:
-        """From here on a request ends the run at once: all is saved.
+        """From here on a signal ends the run at once, because everything is saved.
 
         Raises:
-          Preempted: now, or whenever a signal comes.
+          Preempted: now, or when a signal comes.
         """
         self._at_once = True
         if self._signal is not None:
             raise self.error('everything was saved before')
 
     def error(self, what: str) -> Preempted:
-        """What to raise, when `what` has been done."""
+        """What to raise once `what` is done."""
         name = 'SIGTERM' if self._signal is None else self._signal.name
         code = EXIT_CODE
         if self._signal == signal.SIGINT:
             code = INTERRUPTED_EXIT_CODE
         return Preempted(
-            f'stopped by {name}; {what}, and the same command goes on', code
+            f'stopped by {name}; {what}, and the same command resumes the run', code
         )
 
     def _notice(self, number, frame):
         del frame
         if self._signal is not None:
-            # The second: as if nobody listened, or had asked not to be told.
+            # The second signal has its usual effect.
             before = self._previous[number]
             ignored = before in (None, signal.SIG_IGN)
             signal.signal(number, signal.SIG_DFL if ignored else before)

@@ -1,4 +1,4 @@
-"""Where a figure comes from: which code, on which machine."""
+"""Where a result comes from: the commit of the code, and the hardware."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 
 
 def hardware() -> str:
-    """The device in words."""
+    """The devices, as text."""
     device = jax.devices()[0]
     if device.platform != 'cpu':
         return f'{jax.device_count()} x {device.device_kind}'

@@ -1,8 +1,8 @@
-"""Meshes and shardings: axis `data` splits batches, axis `fsdp` parameters too.
+"""Device meshes and shardings: axis `data` splits batches, `fsdp` parameters too.
 
-Parameters, optimizer state and both averages follow one rule on shapes: the largest
-axis that the `fsdp` axis divides is split, small arrays are copied to every device.
-Batches are split over both axes.
+Batches are split over both axes. Parameters, optimizer state and EMA weights follow
+one rule on their shapes: the largest dimension that `fsdp` divides is split over
+`fsdp`, and small arrays are replicated.
 """
 
 import math
@@ -12,55 +12,48 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-# Arrays of fewer elements than this are cheaper to copy than to gather.
+# Smaller arrays (in elements) are replicated: gathering them costs more than a copy.
 MIN_SIZE_TO_SHARD = 2**12
 
-# A pool is [K, M, ...]: each batch in it is split over the devices.
-POOL = P(None, ('data', 'fsdp'))
+BATCH = P(('data', 'fsdp'))  # [B, ...]
+POOL = P(None, ('data', 'fsdp'))  # [K, M, ...]: each of the K batches is split.
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
-    """A `(data, fsdp)` mesh; `data = -1` takes all devices that are left.
+    """Returns a `(data, fsdp)` mesh over all of `devices`, in the order of processes.
 
-    Raises:
-      ValueError: the sizes do not fit the number of devices.
+    Args:
+      data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.
+      fsdp: size of the axis `fsdp`.
+      devices: None for all devices of all processes.
     """
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or len(devices) % fsdp:
-        raise ValueError(
-            f'mesh.fsdp = {fsdp} does not divide the {len(devices)} devices; choose a '
-            'divisor'
-        )
-    data = len(devices) // fsdp if data == -1 else data
-    if data * fsdp != len(devices):
-        raise ValueError(
-            f'mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices '
-            f'{len(devices)}; set mesh.data = -1 to take what is left'
-        )
+    if data == -1:
+        data = len(devices) // fsdp
+    assert data * fsdp == len(devices), (data, fsdp, len(devices))
     auto = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((data, fsdp), ('data', 'fsdp'), auto, devices=devices)
     if _is_in_process_order(mesh.devices):
         return mesh
-    # JAX orders them by how they are wired. Rows of a batch belong to processes, which
-    # is worth more: collectives know the wires anyway.
+    # JAX orders devices by their interconnect. Each process feeds consecutive rows of
+    # a batch, so the order of processes takes precedence.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     devices = np.array(devices).reshape(data, fsdp)
     return jax.sharding.Mesh(devices, ('data', 'fsdp'), auto)
 
 
 def local_mesh() -> jax.sharding.Mesh:
-    """All devices of this process, for work that it does by itself."""
+    """Returns a mesh of this process's devices, for work that it does alone."""
     return make_mesh(devices=jax.local_devices())
 
 
 def _is_in_process_order(devices: np.ndarray) -> bool:
-    """Whether the rows of a batch lie in the order of the processes."""
     processes = [device.process_index for device in devices.flat]
     return processes == sorted(processes)
 
 
 def leaf_spec(shape: tuple[int, ...], fsdp: int) -> P:
-    """How one array is split over the `fsdp` axis."""
+    """Returns how an array of this shape is split over the `fsdp` axis."""
     if fsdp == 1 or math.prod(shape) < MIN_SIZE_TO_SHARD:
         return P()
     for axis in np.argsort(shape, kind='stable')[::-1]:
@@ -69,27 +62,44 @@ def leaf_spec(shape: tuple[int, ...], fsdp: int) -> P:
     return P()
 
 
-def tree_shardings(tree, mesh):
-    """`NamedSharding` of each array (or shape) of a tree."""
+def tree_shardings(tree, mesh: jax.sharding.Mesh):
+    """Returns the `NamedSharding` of each array (or shape) of a tree."""
     return jax.tree.map(
         lambda leaf: NamedSharding(mesh, leaf_spec(leaf.shape, mesh.shape['fsdp'])),
         tree,
     )
 
 
-def replicated(mesh) -> NamedSharding:
+def constrain_batch(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    """Returns `x` [B, ...] with its batch split over the mesh, for use under jit.
+
+    With sharded parameters XLA's partitioner may otherwise gather the activations and
+    split their features, which moves far more data than gathering the parameters.
+
+    Args:
+      x: any array with the batch in front.
+      mesh: `(data, fsdp)`; None for the identity. A batch that the mesh does not
+        divide, such as that of an initialisation, is left to the partitioner.
+    """
+    if mesh is None or mesh.size == 1 or x.shape[0] % mesh.size:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Returns the sharding of an array with a whole copy on every device."""
     return NamedSharding(mesh, P())
 
 
-def replicate(tree, mesh):
-    """Puts what all processes have alike on all devices of the mesh."""
-    return jax.jit(_same, out_shardings=replicated(mesh))(tree)
+def replicate(tree, mesh: jax.sharding.Mesh):
+    """Copies a tree that is equal in all processes to all devices of the mesh."""
+    return jax.jit(_identity, out_shardings=replicated(mesh))(tree)
 
 
-def _same(tree):
+def _identity(tree):
     return tree
 
 
-def shard_pool(array: np.ndarray, mesh) -> jax.Array:
-    """Puts this process's part of a pool, [K, M / processes, ...], on the devices."""
+def shard_pool(array: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The pool [K, M, ...] of which each process holds [K, M / processes, ...]."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, POOL), array)

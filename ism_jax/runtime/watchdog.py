@@ -1,4 +1,4 @@
-"""Reports a step that does not end, with what every thread is doing."""
+"""Reports a step that hangs, with the stacks of all threads."""
 
 import faulthandler
 import io
@@ -8,31 +8,30 @@ import sys
 class Watchdog:
     """Writes the stacks of all threads to standard error when a step takes too long.
 
-    By Python's own faulthandler, which needs nothing of a process that hangs: also one
-    that waits in compiled code is reported, again and again. It ends nothing.
+    Python's faulthandler does it, which also reports a process that waits in compiled
+    code. It reports repeatedly and ends nothing.
 
     Args:
-      seconds: that a step may take; 0 for any. The first step, which compiles, may take
-        as long too.
-      file: to write to, with a file descriptor; the process's standard error if None.
+      seconds: the longest that a step may take, the first one (which compiles) too; 0
+        for no limit.
     """
 
-    def __init__(self, seconds: float, file=None):
+    def __init__(self, seconds: float):
         self._seconds = seconds
-        self._file = file or sys.__stderr__
+        self._file = sys.__stderr__
         try:
             self._file.fileno()
         except (AttributeError, io.UnsupportedOperation):
-            self._seconds = 0  # A notebook's, or none: nowhere to write to.
+            self._seconds = 0  # No file descriptor, as in a notebook.
 
     def step(self) -> None:
-        """A step begins."""
+        """Starts the clock of a step."""
         if self._seconds:
             faulthandler.dump_traceback_later(
                 self._seconds, repeat=True, file=self._file
             )
 
     def stop(self) -> None:
-        """No step is to be waited for."""
+        """Stops the clock."""
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()

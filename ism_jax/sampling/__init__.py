@@ -1,0 +1,1 @@
+"""Few-step sampling, and pictures of samples."""

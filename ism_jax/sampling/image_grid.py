@@ -1,10 +1,11 @@
-"""Images for people: 8-bit conversion, grids, PNG files, the figure of the README."""
+"""Image grids, PNG files, and the figure of samples by steps and guidance."""
 
 from collections.abc import Mapping, Sequence
 import io
 import json
 import math
 
+import chex
 import numpy as np
 from PIL import Image, PngImagePlugin
 
@@ -12,54 +13,48 @@ from ism_jax.data import pixels
 from ism_jax.runtime import files
 
 _DPI = 100
-# A side at which a person sees what is on a picture.
+# Side in pixels at which the content of a sample is easy to recognize.
 READABLE_SIDE = 64
+PADDING = 2  # Pixels between and around the images of a grid.
+BACKGROUND = 255
 
 
-def grid(
-    images, columns: int, padding: int = 2, *, scale: int = 1, background: int = 255
-) -> np.ndarray:
-    """Images side by side, row by row.
+def grid(images, columns: int, *, scale: int = 1) -> np.ndarray:
+    """Tiles images row by row.
 
     Args:
-      images: [N, H, W, C], floating in [-1, 1] or uint8, N at least 1.
-      columns: images in a row; the last row is filled with background.
-      padding: pixels of background between and around images; not scaled.
-      scale: how many pixels wide and high each pixel becomes (nearest neighbour).
-      background: its 8-bit value.
+      images: [N, H, W, C], floating in [-1, 1] or uint8, N >= 1.
+      columns: images per row; the rest of the last row is background.
+      scale: integer factor by which images are enlarged (nearest neighbour).
 
     Returns:
-      uint8 [rows (H scale + padding) + padding, columns (W scale + padding) + padding,
+      uint8 [rows (H scale + PADDING) + PADDING, columns (W scale + PADDING) + PADDING,
       C].
 
     Raises:
-      ValueError: an argument is out of the range given above.
+      ValueError: an image holds NaN.
     """
-    images = pixels.to_uint8(images)
-    if images.ndim != 4 or not len(images):
-        raise ValueError(
-            f'images have shape {images.shape}: [N, H, W, C] with N of at least 1 is '
-            'expected; add the missing axis'
-        )
-    arguments = (('columns', columns, 1), ('padding', padding, 0), ('scale', scale, 1))
-    for name, value, least in arguments:
-        if value < least:
-            raise ValueError(f'{name} = {value} must be at least {least}')
-    images = upscale(images, scale)
+    images = upscale(pixels.to_uint8(images), scale)
+    chex.assert_rank(images, 4)
     number, height, width, channels = images.shape
     rows = math.ceil(number / columns)
-    tall, wide = height + padding, width + padding
-    shape = (rows * tall + padding, columns * wide + padding, channels)
-    out = np.full(shape, background, np.uint8)
+    row_height, column_width = height + PADDING, width + PADDING
+    shape = (rows * row_height + PADDING, columns * column_width + PADDING, channels)
+    out = np.full(shape, BACKGROUND, np.uint8)
     for index, image in enumerate(images):
-        top = index // columns * tall + padding
-        left = index % columns * wide + padding
+        top = index // columns * row_height + PADDING
+        left = index % columns * column_width + PADDING
         out[top : top + height, left : left + width] = image
     return out
 
 
+def step_count(number: int) -> str:
+    """'1 step', '2 steps', ..."""
+    return f'{number} step{"s" * (number != 1)}'
+
+
 def readable_scale(side: int) -> int:
-    """Factor that brings small images to about `READABLE_SIDE` pixels."""
+    """The factor that enlarges small images to about `READABLE_SIDE` pixels."""
     return max(1, READABLE_SIDE // side)
 
 
@@ -69,36 +64,22 @@ def upscale(images: np.ndarray, scale: int) -> np.ndarray:
 
 
 def write_png(path, array, metadata: Mapping | None = None) -> None:
-    """Writes a PNG file, whole or not at all.
+    """Writes a PNG file atomically.
 
     Args:
-      path: of the file; its directory is made.
-      array: uint8 [H, W] or [H, W, C], C of 1 (grey), 3 (RGB) or 4 (with opacity).
-      metadata: text chunks of the file, name to value; values that are no strings are
-        written as JSON. Names have 1 to 79 Latin-1 characters. `Image.open(path).text`
-        of Pillow and `identify -verbose` show them.
-
-    Raises:
-      ValueError: the array is no such image, or a name is too long.
+      path: of the file; its folder is created.
+      array: uint8 [H, W] or [H, W, C], C = 1, 3 or 4.
+      metadata: text chunks of the file, name to value; values other than strings are
+        written as JSON. Names have 1 to 79 Latin-1 characters. Pillow's
+        `Image.open(path).text` and `identify -verbose` print them.
     """
     array = np.asarray(array)
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
-        raise ValueError(
-            f'array of type {array.dtype} and shape {array.shape}: uint8 [H, W] or '
-            '[H, W, 1, 3 or 4] is expected; use to_uint8 and grid'
-        )
+    assert array.dtype == np.uint8, f'{array.dtype} is not uint8'
     chunks = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
-        # Pillow writes longer names, which readers then refuse.
-        if not 1 <= len(name) <= 79:
-            raise ValueError(
-                f'metadata name {name!r} has {len(name)} characters: PNG allows 1 to '
-                '79; shorten it'
-            )
         chunks.add_text(name, value if isinstance(value, str) else json.dumps(value))
-    if channels == 1:
-        array = array.reshape(array.shape[:2])
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(out, 'PNG', pnginfo=chunks)
     files.write_bytes(path, out.getvalue())
@@ -111,54 +92,40 @@ def steps_by_guidance_figure(
     *,
     columns: int | None = None,
     scale: int = 2,
-    title: str = '',
 ) -> np.ndarray:
-    """A labelled table of samples: number of steps downwards, guidance to the right.
+    """Draws a labelled table of samples: steps downwards, guidance to the right.
 
-    Every pixel of a sample is `scale` pixels of the figure, without smoothing. Give
-    each cell the same labels and noise, so that the eye compares like with like.
+    Every pixel of a sample is `scale` by `scale` pixels of the figure, without
+    smoothing. Use the same labels and noise in every cell, so that cells compare.
 
     Args:
-      images: [S, G, N, H, W, C] in [-1, 1] or uint8, C of 1 or 3; or a dict from
-        (steps, guidance) to [N, H, W, C], missing cells being left empty.
+      images: [S, G, N, H, W, C] in [-1, 1] or uint8, C = 1 or 3; or a dict from
+        (steps, guidance) to [N, H, W, C].
       steps: S numbers of steps, top to bottom.
-      guidances: G strengths w, left to right.
-      columns: samples in a row of a cell; by default about as many as rows.
+      guidances: G guidance scales w, left to right.
+      columns: samples per row of a cell; by default about as many as rows.
       scale: see above.
-      title: of the figure; '' for none.
 
     Returns:
       uint8 [H', W', 3], for `write_png`.
-
-    Raises:
-      ValueError: shapes disagree with steps and guidances, or no cell has images.
     """
-    # Here, because it takes half a second to import and samples need none.
+    # Imported here: it takes half a second, and sampling alone does not need it.
     from matplotlib import figure as figures
     from matplotlib.backends import backend_agg
 
-    cells = _cells(images, steps, guidances)
-    shapes = sorted({np.shape(cell) for cell in cells.values()})
-    if len(shapes) > 1 or len(shapes[0]) != 4 or shapes[0][3] not in (1, 3):
-        raise ValueError(
-            f'cells have the shapes {shapes}: one shape [N, H, W, 1 or 3] for all is '
-            'expected; show equally many samples in each'
-        )
-    columns = columns or math.ceil(shapes[0][0] ** 0.5)
-    blocks = {
-        cell: grid(samples, columns, padding=2, scale=scale)
-        for cell, samples in cells.items()
-    }
-    height, width = next(iter(blocks.values())).shape[:2]
+    if isinstance(images, Mapping):
+        images = [[images[number, w] for w in guidances] for number in steps]
+    images = np.asarray(images)
+    chex.assert_shape(images, (len(steps), len(guidances), None, None, None, None))
+    columns = columns or math.ceil(images.shape[2] ** 0.5)
+    cells = [[grid(cell, columns, scale=scale) for cell in row] for row in images]
+    height, width = cells[0][0].shape[:2]
 
-    # All lengths are pixels, and each cell gets exactly its own: matplotlib would
-    # otherwise resample the samples.
-    left, right, between, bottom = 108, 16, 16, 16
-    top = 58 + (30 if title else 0)
-    samples_width = len(guidances) * (width + between) - between
-    # Room for the title (about 9 pixels a letter) beside few or small samples.
-    total_width = left + right + max(samples_width, 150, 9 * len(title) - left)
-    total_height = top + len(steps) * (height + between) - between + bottom
+    # All lengths are whole pixels: matplotlib would otherwise resample the samples.
+    left, right, top, gap, bottom = 108, 16, 58, 16, 16
+    cells_width = len(guidances) * (width + gap) - gap
+    total_width = left + right + max(cells_width, 150)
+    total_height = top + len(steps) * (height + gap) - gap + bottom
     figure = figures.Figure(
         figsize=(total_width / _DPI, total_height / _DPI), dpi=_DPI, facecolor='white'
     )
@@ -167,49 +134,17 @@ def steps_by_guidance_figure(
         style = {'ha': 'center', 'va': 'center', 'size': 11} | style
         figure.text(x / total_width, 1 - y / total_height, content, **style)
 
-    if title:
-        text(total_width / 2, 22, title, size=12, weight='bold')
-    center = left + max(samples_width, 130) / 2
-    text(center, top - 40, 'guidance strength w', size=9, color='0.35')
-    for column, guidance in enumerate(guidances):
-        x = left + column * (width + between) + width / 2
-        text(x, top - 14, f'{guidance:g}')
+    center = left + max(cells_width, 130) / 2
+    text(center, top - 40, 'guidance scale w', size=9, color='0.35')
+    for column, w in enumerate(guidances):
+        text(left + column * (width + gap) + width / 2, top - 14, f'{w:g}')
     for row, number in enumerate(steps):
-        y = top + row * (height + between)
-        label = f'{number} step' if number == 1 else f'{number} steps'
-        text(left - 14, y + height / 2, label, ha='right')
-        for column, guidance in enumerate(guidances):
-            block = blocks.get((number, guidance))
-            if block is None:
-                continue
-            x = left + column * (width + between)
-            rgb = np.broadcast_to(block, (height, width, 3))
+        y = top + row * (height + gap)
+        text(left - 14, y + height / 2, step_count(number), ha='right')
+        for column, cell in enumerate(cells[row]):
+            x = left + column * (width + gap)
+            rgb = np.broadcast_to(cell, (height, width, 3))
             figure.figimage(rgb, x, total_height - y - height)
     canvas = backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _cells(images, steps, guidances):
-    """{(steps, guidance): [N, H, W, C]} of either form of images."""
-    wanted = [(number, guidance) for number in steps for guidance in guidances]
-    if len(set(wanted)) != len(wanted) or not wanted:
-        raise ValueError(
-            f'steps = {list(steps)} and guidances = {list(guidances)} must each hold '
-            'at least one value, and none twice'
-        )
-    if isinstance(images, Mapping):
-        unknown = sorted(set(images) - set(wanted))
-        if unknown or not images:
-            raise ValueError(
-                f'images have the cells {sorted(images)}, of which {unknown} are not '
-                f'among steps = {list(steps)} and guidances = {list(guidances)}'
-            )
-        return {cell: np.asarray(images[cell]) for cell in wanted if cell in images}
-    images = np.asarray(images)
-    if images.ndim != 6 or images.shape[:2] != (len(steps), len(guidances)):
-        raise ValueError(
-            f'images have shape {images.shape}: [{len(steps)}, {len(guidances)}, N, H, '
-            'W, C] is expected for these steps and guidances'
-        )
-    return dict(zip(wanted, images.reshape(-1, *images.shape[2:])))

@@ -1,12 +1,12 @@
-"""Few-step sampling: from noise to data along a schedule of steps, batch by batch.
+"""Few-step sampling: labels in, images out, batch by batch.
 
-Which rule makes a step is the objective's (`objectives.BaseObjective.sample`); the
-common one is x_{t+d} = x_t + d s(x_t, t, c, d, w), one network call per step whatever
-the guidance (iSM, arXiv 2510.21250, algorithm 2). Knows no data and no metrics.
+The objective defines a sampling step (`objectives.BaseObjective.sample`). The common
+rule is x_{t+d} = x_t + d s(x_t, t, c, d, w): one network call per step at any guidance
+scale w (iSM, arXiv 2510.21250, algorithm 2).
 """
 
-from collections.abc import Sequence
-from typing import Callable
+from collections.abc import Callable, Iterator, Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,35 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from ism_jax.method import interpolant, time_grid
+from ism_jax.method import random_streams, time_grid
 from ism_jax.objectives.base import BaseObjective
 from ism_jax.runtime import distributed
 
-AGAIN = 2**31 - 1  # No sample has this number.
+# Folded into the key for the noise between steps; no sample has this index.
+STEP_NOISE = 2**31 - 1
 
 
 class Sampler:
-    """A compiled sampler for one network: labels in, images out, batch by batch.
+    """A compiled sampler of one network.
 
-    Sample number i has the noise `normal(fold_in(key, i))`: it does not depend on the
-    batch size, and the same number shows the same noise at every step count. (Noise
-    that a sampler adds between steps does depend on the batch size.)
+    Sample i starts from the noise `normal(fold_in(key, i))`, at any batch size and any
+    number of steps. (Noise that a method adds between steps depends on the batch size.)
 
-    A batch is divided among the devices of the parameters' mesh. Where that spans
-    several processes, all of them must take the batches, and all get whole ones.
+    A batch is divided among the devices of the parameters' mesh. If the mesh spans
+    several processes, all of them must draw the batches, and each gets whole ones.
 
     Args:
-      objective: what the network was trained with.
-      apply: the network.
-      image_shape: (H, W, C) of what the network makes.
-      batch_size: how many samples are made at once.
-      decode: makes images of samples that are latents; None where they are images.
+      objective: the objective that the network was trained with.
+      apply: the network, (params, x, t, d, w, label) -> velocity.
+      image_shape: (H, W, C) of the network's output, which may be a latent.
+      batch_size: samples per batch.
+      decode: maps latents to images; None if the network's outputs are images.
+
+    Attributes:
+      image_shape, batch_size: see above.
+      base_steps: the largest number of sampling steps.
+      deterministic: whether the method adds no noise between steps, so that
+        `trajectory` and `final` work.
     """
 
     def __init__(
@@ -51,73 +57,89 @@ class Sampler:
         self.image_shape = image_shape
         self.batch_size = batch_size
         self.base_steps = objective.base_steps
-
-        def run(params, key, numbers, label, w, times, steps):
-            noise = interpolant.sample_noise(key, numbers, image_shape)
-            # Samplers that add noise again: another stream than the noises' own.
-            again = jax.random.fold_in(jax.random.fold_in(key, AGAIN), numbers[0])
-            return objective.sample(apply, params, noise, label, w, times, steps, again)
-
-        def run_from(params, noise, label, w, times, steps):
-            again = jax.random.key(0)  # Not for samplers that add noise.
-            return objective.sample(apply, params, noise, label, w, times, steps, again)
-
-        self._run = jax.jit(run)
-        self._run_from = jax.jit(run_from)
-        self._decode = decode
         self.deterministic = objective.deterministic
 
-    def shown_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the images that are yielded."""
-        if self._decode is None:
-            return self.image_shape
+        def sample(params, key, indices, label, w, times, steps):
+            noise = random_streams.sample_noise(key, indices, image_shape)
+            step_key = jax.random.fold_in(
+                jax.random.fold_in(key, STEP_NOISE), indices[0]
+            )
+            return objective.sample(
+                apply, params, noise, label, w, times, steps, step_key
+            )
+
+        self._sample = jax.jit(sample)
+        self._sample_from = jax.jit(functools.partial(objective.sample, apply))
+        self._decode = (lambda x: x) if decode is None else decode
+
+    def output_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the decoded images."""
         latents = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
         return jax.eval_shape(self._decode, latents).shape[1:]
 
-    def noise(self, key: jax.Array, numbers: Sequence[int]) -> jax.Array:
-        """The noises that samples of these numbers are made of, [N, H, W, C]."""
-        return interpolant.sample_noise(key, jnp.asarray(numbers), self.image_shape)
+    def noise(self, key: jax.Array, indices: Sequence[int]) -> jax.Array:
+        """The noise that the samples of these indices start from, [N, H, W, C]."""
+        return random_streams.sample_noise(key, jnp.asarray(indices), self.image_shape)
 
-    def states(
-        self, params, noise: jax.Array, labels: Sequence[int], *, guidance, schedule
-    ):
-        """Yields noise, then what is left after each step, [N, H, W, C] as is shown.
+    def trajectory(
+        self,
+        params,
+        noise: jax.Array,
+        labels: Sequence[int],
+        *,
+        guidance: float,
+        schedule: Sequence[float],
+    ) -> Iterator[jax.Array]:
+        """Yields the decoded state x_t before the first and after each step.
 
         Args:
-          params: parameters, of the `infer` average.
-          noise: [N, H, W, C], such as `noise` makes.
-          labels, guidance, schedule: see `batches`.
+          params: inference EMA parameters.
+          noise: x_0, [N, H, W, C], for example from `noise`.
+          labels: N class labels.
+          guidance: guidance scale w.
+          schedule: step sizes, see `time_grid.check_schedule`.
+
+        Yields:
+          [N, H, W, C], not clipped.
 
         Raises:
-          ValueError: the schedule is not one that the network was trained for, or the
-            method adds noise between steps.
+          ValueError: the network was not trained for the schedule, or the method adds
+            noise between steps.
         """
-        yield from map(
-            self._shown, self._walk(params, noise, labels, guidance, schedule)
-        )
+        for x in self._states(params, noise, labels, guidance, schedule):
+            yield self._decode(x)
 
-    def ends(self, params, noise, labels, *, guidance, schedule) -> jax.Array:
-        """The last of `states`, [N, H, W, C]; nothing before it is decoded."""
-        *_, x = self._walk(params, noise, labels, guidance, schedule)
-        return self._shown(x)
+    def final(
+        self,
+        params,
+        noise: jax.Array,
+        labels: Sequence[int],
+        *,
+        guidance: float,
+        schedule: Sequence[float],
+    ) -> jax.Array:
+        """The last state of `trajectory`, [N, H, W, C]; only this one is decoded."""
+        *_, x = self._states(params, noise, labels, guidance, schedule)
+        return self._decode(x)
 
-    def _shown(self, x):
-        return x if self._decode is None else self._decode(x)
-
-    def _walk(self, params, noise, labels, guidance, schedule):
-        """`states`, as the network sees them."""
+    def _states(self, params, noise, labels, guidance, schedule):
+        """Yields the states of `trajectory` before decoding."""
         if not self.deterministic:
             raise ValueError(
-                'this method adds noise between steps: there is no path to follow'
+                'this method adds noise between steps, so its samples have no single '
+                'trajectory'
             )
         times, sizes = time_grid.times_and_sizes(schedule, self.base_steps)
         label = np.asarray(labels, np.int32)
         w = np.full(len(label), guidance, np.float32)
-        x = noise
+        x, unused_key = noise, jax.random.key(0)  # Deterministic methods draw nothing.
         yield x
         for i in range(len(times)):
-            one = slice(i, i + 1)  # A step at a time: one program for all schedules.
-            x = self._run_from(params, x, label, w, times[one], sizes[one])
+            # One step per call, so that all schedules share one program.
+            step = slice(i, i + 1)
+            x = self._sample_from(
+                params, x, label, w, times[step], sizes[step], unused_key
+            )
             yield x
 
     def batches(
@@ -130,45 +152,50 @@ class Sampler:
         schedule: Sequence[float],
         first: int = 0,
         batch_size: int | None = None,
-    ):
-        """Yields (images [b, H, W, C], labels [b]), b at most `batch_size`.
+    ) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        """Yields one sample for each label, batch by batch.
 
         Args:
-          params: parameters, of the `infer` average.
+          params: inference EMA parameters.
           key: of the noise.
-          labels: one for each sample.
-          guidance: strength w for all samples.
-          schedule: step sizes, see `schedule.check_schedule`.
-          first: number of the first sample: a part of many samples is made by itself.
-          batch_size: another than the sampler's own.
+          labels: N class labels.
+          guidance: guidance scale w of all samples.
+          schedule: step sizes, see `time_grid.check_schedule`.
+          first: index of the first sample, to draw a slice of a larger set.
+          batch_size: replaces the sampler's batch size.
+
+        Yields:
+          Images [b, H, W, C], not clipped, and their labels [b], b <= batch size.
 
         Raises:
-          ValueError: the schedule is not one that the network was trained for.
+          ValueError: the network was not trained for the schedule.
         """
         times, sizes = time_grid.times_and_sizes(schedule, self.base_steps)
         labels = np.asarray(labels, np.int32)
         batch_size = batch_size or self.batch_size
-        split, size = batch_split(params, batch_size)
+        sharding, padded_size = batch_sharding(params, batch_size)
         for start in range(0, len(labels), batch_size):
             label = labels[start : start + batch_size]
-            # The last batch is filled up, so that nothing is compiled for its size.
-            numbers = first + start + np.arange(size, dtype=np.int32)
-            padded = np.pad(label, (0, size - len(label)))
-            w = np.full(size, guidance, np.float32)
-            images = self._run(
-                params, key, *jax.device_put((numbers, padded, w), split), times, sizes
-            )
-            images = self._shown(images)
+            # The last batch is padded, so that only one size is compiled.
+            indices = first + start + np.arange(padded_size, dtype=np.int32)
+            padded = np.pad(label, (0, padded_size - len(label)))
+            w = np.full(padded_size, guidance, np.float32)
+            inputs = jax.device_put((indices, padded, w), sharding)
+            images = self._decode(self._sample(params, key, *inputs, times, sizes))
             if not images.is_fully_addressable:
                 images = distributed.to_host(images)
             yield images[: len(label)], label
 
 
-def batch_split(params, batch_size: int):
-    """How a batch is divided among the devices of `params`, and its size there."""
+def batch_sharding(params, batch_size: int) -> tuple[NamedSharding | None, int]:
+    """The sharding of a batch over the mesh of `params`, and its padded size.
+
+    The size is rounded up to a multiple of the devices. Without a mesh: (None, size).
+    """
     for leaf in jax.tree.leaves(params):
-        place = getattr(leaf, 'sharding', None)
-        if isinstance(place, NamedSharding):
-            size = -(-batch_size // place.mesh.size) * place.mesh.size
-            return NamedSharding(place.mesh, P(place.mesh.axis_names)), size
+        sharding = getattr(leaf, 'sharding', None)
+        if isinstance(sharding, NamedSharding):
+            mesh = sharding.mesh
+            padded_size = -(-batch_size // mesh.size) * mesh.size
+            return NamedSharding(mesh, P(mesh.axis_names)), padded_size
     return None, batch_size

@@ -1,9 +1,9 @@
 """Checkpoints, with Orbax: asynchronous, atomic, the last and the best kept.
 
-A checkpoint has four items: `state` (all that a step changes, but the slow average),
-`infer` (the slow average, alone so that sampling reads nothing else), `data` (the
-position of the iterator) and `config`; and `checksums.json`. Beside the checkpoints
-lies `run.json`: what is needed to sample without the data.
+A checkpoint has four items: `state` (all that a step changes, without the inference
+EMA), `infer` (the inference EMA alone, so that sampling reads nothing else), `data`
+(the position of the iterator) and `config`; and `checksums.json`. `run.json`, next to
+the checkpoints, holds what sampling needs besides.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,9 @@ import threading
 from typing import Any
 
 import jax
-import ml_collections
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ism_jax import config as config_lib
 from ism_jax.runtime import checksums, files
 from ism_jax.training.train_state import TrainState
 
@@ -36,21 +34,25 @@ class SaveError(RuntimeError):
 class Checkpointer:
     """Saves and restores the state of a run.
 
-    A save that fails (a full disk, a folder that cannot be written to) is told and
-    tried again at the next; the earlier checkpoints stay. When a checkpoint is whole,
-    the checksums of its files are written into it.
+    A save that fails (a full disk, a read-only folder) is reported and tried again at
+    the next; the earlier checkpoints stay. When a checkpoint is complete, the checksums
+    of its files are written into it.
 
     Args:
       workdir: folder of the run.
       keep_last, keep_best: how many checkpoints are kept; the best have the lowest
         `score`.
-      show: is told in words what went wrong.
+      log: called with a line of text about each failure.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, *, keep_last: int, keep_best: int,
-        show: Callable[[str], Any] = print,
-    ):  # fmt: skip
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep_last: int,
+        keep_best: int,
+        log: Callable[[str], Any] = print,
+    ):
         policies = [checkpoint_managers.LatestN(keep_last)]
         if keep_best:
             policies.append(
@@ -63,9 +65,13 @@ class Checkpointer:
         self._folder = checkpoint_folder(workdir)
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            # Without these, Orbax does not write the scores, and a run that is resumed
+            # does not know its best checkpoint.
+            best_fn=lambda metrics: metrics['score'],
+            best_mode='min',
             cleanup_tmp_directories=True,
         )
-        self._show = show
+        self._log = log
         self._failures = 0
         self._saving = None
         self._manager = self._open()
@@ -76,8 +82,15 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data_state: dict, config, score: float) -> None:
+    def save(
+        self, state: TrainState, data_state: dict, config: dict, score: float
+    ) -> None:
         """Starts saving; the state may be donated as soon as this returns.
+
+        Args:
+          state: the whole train state.
+          data_state, config: JSON-able, of the iterator and of the run.
+          score: lower is better; NaN never counts as the best.
 
         Raises:
           SaveError: it failed, `MAX_FAILED_SAVES` times in a row.
@@ -93,9 +106,9 @@ class Checkpointer:
                     state=ocp.args.StandardSave(dataclasses.replace(state, infer=None)),
                     infer=ocp.args.StandardSave(state.infer),
                     data=ocp.args.JsonSave(data_state),
-                    config=ocp.args.JsonSave(json.loads(config_lib.to_json(config))),
+                    config=ocp.args.JsonSave(config),
                 ),
-                # Every comparison with NaN fails; it must not pass for the best.
+                # Comparisons with NaN are false, so that it could pass for the best.
                 metrics={'score': score if math.isfinite(score) else 1e30},
             )
         except Exception as error:  # Orbax's, TensorStore's, the system's.
@@ -104,7 +117,7 @@ class Checkpointer:
         self._saving = _Sealing(step, self._folder / str(step))
 
     def _settle(self) -> None:
-        """Waits for what is being saved, and for its checksums."""
+        """Waits for the save that is running, and for its checksums."""
         if self._saving is None:
             return
         sealing, self._saving = self._saving, None
@@ -119,14 +132,14 @@ class Checkpointer:
     def _failed(self, step: int, error: Exception) -> None:
         self._failures += 1
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        # What is left of the attempt goes, and with it what Orbax believes of it.
+        # Reopening removes what is left of the attempt, on disk and in Orbax.
         try:
             self._manager.close()
         except Exception:  # pylint: disable=broad-exception-caught
-            pass  # It tells of the same failure.
+            pass  # It reports the same failure.
         self._manager = self._open()
         left = self._manager.all_steps()
-        self._show(
+        self._log(
             f'checkpoint {step} could not be saved ({reason}); '
             + (f'those of {sorted(left)} stay' if left else 'there is none before')
             + ', and the next save tries again'
@@ -135,14 +148,14 @@ class Checkpointer:
             raise SaveError(
                 f'{self._failures} checkpoints in a row could not be saved, the last '
                 f'because of: {reason}; make room for them in {self._folder}, then the '
-                'same command goes on from the last that is whole'
+                'same command resumes from the last complete one'
             ) from error
 
     def restore(self, state: TrainState) -> tuple[TrainState, dict]:
-        """The latest state, on the devices of `state`, and the data's position.
+        """The latest state, on the devices of `state`, and the iterator's position.
 
         A checkpoint without checksums (the run was killed before they were written)
-        that cannot be restored is set aside, and the one before is taken.
+        that cannot be restored is set aside, and the one before is used.
         """
         while True:
             step = self.latest_step()
@@ -153,7 +166,7 @@ class Checkpointer:
                 if sealed or len(self._manager.all_steps()) < 2:
                     raise
                 self._manager.close()
-                _set_aside(self._folder / str(step), str(error), self._show)
+                _set_aside(self._folder / str(step), str(error), self._log)
                 self._manager = self._open()
 
     def _restore(self, step, state):
@@ -175,11 +188,19 @@ class Checkpointer:
             restored['data'],
         )
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        # With a process lost, a save by several processes may never end.
+        if error is None or jax.process_count() == 1:
+            self.close(quiet=error is not None)
+
     def close(self, *, quiet: bool = False) -> None:
-        """Waits for what is being saved.
+        """Waits for the save that is running.
 
         Args:
-          quiet: raises nothing: another error is on its way.
+          quiet: raises nothing, where another error is being raised.
 
         Raises:
           SaveError: the last checkpoint could not be saved.
@@ -193,12 +214,12 @@ class Checkpointer:
         if self._failures and not quiet:
             raise SaveError(
                 f'the last checkpoint could not be saved in {self._folder}, see above; '
-                'make room, then the same command goes on from the one before'
+                'make room, then the same command resumes from the one before'
             )
 
 
 class _Sealing:
-    """Writes the checksums of a checkpoint as soon as it is whole, in a thread."""
+    """Writes the checksums of a checkpoint in a thread, once it is complete."""
 
     def __init__(self, step: int, folder: Path):
         self.step = step
@@ -206,12 +227,12 @@ class _Sealing:
         self._given_up = threading.Event()
         self._error = None
         self._thread = threading.Thread(target=self._run, daemon=True)
-        # One process sees all files.
+        # One process reads all files.
         if jax.process_index() == 0:
             self._thread.start()
 
     def _run(self):
-        # Checkpoints are written under another name and renamed when they are whole.
+        # Orbax writes under another name and renames a complete checkpoint.
         while not self._folder.is_dir():
             if self._given_up.wait(0.05):
                 return
@@ -221,73 +242,97 @@ class _Sealing:
             self._error = error
 
     def finish(self) -> None:
-        """Waits for it; the checkpoint is whole."""
+        """Waits for the checksums of a complete checkpoint."""
         if jax.process_index() == 0:
             self._thread.join()
         if self._error is not None:
             raise self._error
 
     def abandon(self) -> None:
-        """There will be no such checkpoint."""
+        """Gives up: there will be no such checkpoint."""
         self._given_up.set()
 
 
-def set_aside_damaged(workdir, show: Callable[[str], Any] = print) -> None:
-    """Moves checkpoints away whose files changed, from the latest to the first good.
+def set_aside_damaged(workdir, log: Callable[[str], Any] = print) -> None:
+    """Moves checkpoints whose files changed, from the latest to the first good one.
 
-    They go to `damaged_checkpoints`; nothing is deleted. To be called before a
-    `Checkpointer` is made, by one process.
+    They go to `damaged_checkpoints`; nothing is deleted. One process calls it, before a
+    `Checkpointer` is made.
     """
     for step in reversed(saved_steps(workdir)):
         folder = checkpoint_folder(workdir) / str(step)
-        # Without checksums only restoring can tell.
+        # Without checksums, only restoring shows damage.
         if not checksums.is_written(folder):
             return
         problems = checksums.problems(folder)
         if not problems:
             return
-        _set_aside(folder, problems[0], show)
+        _set_aside(folder, problems[0], log)
 
 
-def _set_aside(folder: Path, reason: str, show) -> None:
-    place = folder.parent.with_name(DAMAGED) / folder.name
+def _set_aside(folder: Path, reason: str, log) -> None:
+    target = folder.parent.with_name(DAMAGED) / folder.name
     number = 0
-    while place.exists():
+    while target.exists():
         number += 1
-        place = place.with_name(f'{folder.name}.{number}')
-    place.parent.mkdir(exist_ok=True)
-    folder.rename(place)
+        target = target.with_name(f'{folder.name}.{number}')
+    target.parent.mkdir(exist_ok=True)
+    folder.rename(target)
     reason = reason.strip().splitlines()[0]
-    show(f'checkpoint {folder.name} is damaged ({reason}); it was moved to {place}')
+    log(f'checkpoint {folder.name} is damaged ({reason}); it was moved to {target}')
 
 
-def write_run(workdir, config, source) -> None:
-    """Writes `run.json`, whole or not at all."""
-    path = Path(workdir) / 'run.json'
+def write_run(workdir, config: dict, source) -> None:
+    """Writes `run.json` atomically: the config, class names and image shape."""
     content = {
-        'config': json.loads(config_lib.to_json(config)),
+        'config': config,
         'class_names': list(source.class_names),
         'image_shape': list(source.image_shape),
     }
-    files.write_bytes(path, (json.dumps(content, indent=1) + '\n').encode())
+    files.write_json(Path(workdir) / 'run.json', content)
 
 
-def read_run_config(workdir) -> ml_collections.ConfigDict | None:
-    """The config that the run in `workdir` was started with, None for a new run."""
+def read_run(workdir) -> dict | None:
+    """The content of `run.json`, None where there is no run."""
     path = Path(workdir) / 'run.json'
-    if not path.exists():
-        return None
-    return config_lib.from_json(json.dumps(json.loads(path.read_text())['config']))
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
-    """Steps of which there is a whole checkpoint, ascending."""
+    """Steps of the complete checkpoints, ascending."""
     folder = checkpoint_folder(workdir)
     if not folder.is_dir():
         return []
-    # Checkpoints are written under another name and renamed when they are whole.
+    # Orbax writes under another name and renames a complete checkpoint.
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def checkpoint_folder(workdir) -> Path:
+    """Where the checkpoints of a run are."""
     return Path(workdir).absolute() / 'checkpoints'
+
+
+def restore_trees(workdir, step: int, trees: dict[str, Any]) -> dict[str, Any]:
+    """Some trees of parameters of a checkpoint, without the optimizer's state.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint.
+      trees: 'infer', 'params' or 'target' -> shapes with shardings.
+    """
+    state = {name: tree for name, tree in trees.items() if name != 'infer'}
+    items = {}
+    if 'infer' in trees:
+        items['infer'] = ocp.args.StandardRestore(trees['infer'])
+    if state:
+        items['state'] = ocp.args.PyTreeRestore(
+            item=state,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(state),
+            partial_restore=True,
+        )
+    with ocp.CheckpointManager(checkpoint_folder(workdir)) as manager:
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return {
+        name: restored['infer'] if name == 'infer' else restored['state'][name]
+        for name in trees
+    }

@@ -1,4 +1,4 @@
-"""The optimizer, from optax: AdamW with a schedule and clipping."""
+"""AdamW with a learning-rate schedule and gradient clipping, from optax."""
 
 import jax
 import optax
@@ -9,7 +9,7 @@ SCHEDULES = ('constant', 'cosine', 'linear')
 def learning_rate(
     *, peak: float, schedule: str, warmup_steps: int, num_steps: int
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then constant, or falling to 0 at `num_steps`."""
+    """Linear warm-up to `peak`, then constant, or decaying to 0 at `num_steps`."""
     rest = max(num_steps - warmup_steps, 1)
     after = {
         'constant': lambda: optax.constant_schedule(peak),
@@ -18,7 +18,7 @@ def learning_rate(
     }[schedule]()
     if not warmup_steps:
         return after
-    # The first step uses peak / warmup_steps rather than 0, which would be lost.
+    # From peak / warmup_steps, as a first step with rate 0 would be wasted.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps)
     return optax.join_schedules([warmup, after], [warmup_steps])
 

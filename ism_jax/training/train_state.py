@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it starts."""
+"""What training carries from step to step, and its initialisation."""
 
 import dataclasses
 from typing import Any
@@ -17,13 +17,13 @@ class TrainState:
     """Everything that a step changes; all of it is in the checkpoint.
 
     Attributes:
-      step: int32, number of steps taken, skipped ones included.
+      step: int32, steps taken, including skipped ones.
       params: online parameters, float32.
       opt_state: of the optax optimizer.
-      target: fast average, or None where one average serves for both (no twin EMA).
-      infer: slow average, of which samples are made.
+      target: target EMA, or None without twin EMA.
+      infer: inference EMA, which makes samples.
       skipped: int32, steps skipped for a non-finite loss or gradient.
-      skipped_in_row: int32, the same since the last good step.
+      skipped_in_row: int32, skipped steps since the last finite one.
     """
 
     step: jax.Array
@@ -35,20 +35,20 @@ class TrainState:
     skipped_in_row: jax.Array
 
     def target_params(self):
-        """The tree that makes the teacher's targets."""
+        """The tree that makes targets."""
         return self.infer if self.target is None else self.target
 
 
 def create(
     init_params, tx: optax.GradientTransformation, mesh, *, twin_ema: bool
 ) -> tuple[TrainState, Any]:
-    """A fresh state, made where it will live, and its shardings.
+    """A fresh state, initialised on its devices, and its shardings.
 
     Args:
-      init_params: function of no arguments that returns the parameters.
+      init_params: function without arguments that returns the parameters.
       tx: optimizer.
-      mesh: `sharding.make_mesh`.
-      twin_ema: whether `target` is kept beside `infer`.
+      mesh: see `sharding.make_mesh`.
+      twin_ema: whether there is a target EMA.
     """
 
     def init():
@@ -72,21 +72,21 @@ def create(
 
 
 def start_from(state: TrainState, modules: dict[str, Any], shardings) -> TrainState:
-    """A fresh state, of which all trees of parameters start from other values.
+    """A fresh state whose parameters and EMAs have other values.
 
     Args:
-      state, shardings: of `create`.
-      modules: NumPy arrays by module; modules that are missing keep their values.
+      state, shardings: see `create`.
+      modules: NumPy arrays by module; missing modules keep their values.
     """
 
-    def place(leaf, sharding):
+    def put(leaf, sharding):
         return jax.make_array_from_callback(
             leaf.shape, sharding, lambda index: np.array(leaf[index])
         )
 
     def replace(params, shardings):
         chosen = {name: shardings[name] for name in modules}
-        return {**params, **jax.tree.map(place, modules, chosen)}
+        return {**params, **jax.tree.map(put, modules, chosen)}
 
     return dataclasses.replace(
         state,

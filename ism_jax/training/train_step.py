@@ -1,8 +1,8 @@
-"""One training step: objective -> gradients -> update -> both averages. Pure.
+"""One training step: objective -> gradients -> update -> both EMAs. A pure function.
 
-Every random draw is a function of (seed, step): `seed_key` never changes, the step
-number and the pool number are folded into it. A resumed run therefore repeats the
-uninterrupted one.
+Every random draw is a function of (seed, step): `seed_key` is constant, and the step
+and pool numbers are folded into it. A resumed run therefore repeats the uninterrupted
+one.
 """
 
 from typing import Any, Callable
@@ -32,20 +32,20 @@ def train_step(
     ema_warmup: bool,
     num_steps: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one step on the batch of `pool` whose turn it is.
+    """Takes one step, on batch `state.step % K` of the pool.
 
-    A step whose loss or gradient is not finite changes nothing but the counters.
+    A step whose loss or gradient is not finite changes only the counters.
 
     Args:
       state: donated by the caller.
       pool: see `Pool`.
       seed_key: the run's key.
       apply: the network, `apply(params, x, t, d, w, label)`.
-      objective, distance: see `ism_jax.objectives`.
+      objective, distance: see `ism_jax.objectives.base`.
       tx: optimizer.
       accumulate: number of equal parts of the batch whose gradients are averaged.
-      target_decay, infer_decay, ema_warmup: see `ism_jax.training.ema`; the warm-up is of the
-        slow average.
+      target_decay, infer_decay, ema_warmup: see `ism_jax.training.ema`; the warm-up is
+        of the inference EMA.
       num_steps: of the whole training, for objectives with a curriculum.
 
     Returns:
@@ -94,21 +94,23 @@ def train_step(
         skipped=state.skipped + ~finite,
         skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
     )
-    metrics = metrics | {
-        'loss': loss,
-        'norm/gradient': gradient_norm,
-        'norm/update': optax.global_norm(updates),
-        'norm/params': optax.global_norm(new_state.params),
-        'distance/online_infer': _distance(new_state.params, new_state.infer),
-        'skipped': new_state.skipped,
-        'skipped_in_row': new_state.skipped_in_row,
+    metrics |= {'loss': loss, 'norm/gradient': gradient_norm}
+    metrics |= {'norm/update': optax.global_norm(updates)}
+    return new_state, metrics | _state_metrics(new_state)
+
+
+def _state_metrics(state: TrainState) -> dict[str, jax.Array]:
+    """Norms of a state, distances between its trees, and its counters."""
+    metrics = {
+        'norm/params': optax.global_norm(state.params),
+        'distance/online_infer': _distance(state.params, state.infer),
+        'skipped': state.skipped,
+        'skipped_in_row': state.skipped_in_row,
     }
-    if target is not None:
-        metrics['distance/online_target'] = _distance(
-            new_state.params, new_state.target
-        )
-        metrics['distance/target_infer'] = _distance(new_state.target, new_state.infer)
-    return new_state, metrics
+    if state.target is not None:
+        metrics['distance/online_target'] = _distance(state.params, state.target)
+        metrics['distance/target_infer'] = _distance(state.target, state.infer)
+    return metrics
 
 
 def _accumulated(gradient_fn, params, batch: Batch, key, parts: int):
@@ -117,7 +119,7 @@ def _accumulated(gradient_fn, params, batch: Batch, key, parts: int):
         return gradient_fn(params, batch, key)
 
     def part_of(array):
-        # Strided, so that each device's samples are spread over all parts.
+        # Strided, so that the samples of each device are spread over all parts.
         split = array.reshape(-1, parts, *array.shape[1:])
         return jnp.moveaxis(split, 1, 0)
 
@@ -136,5 +138,5 @@ def _accumulated(gradient_fn, params, batch: Batch, key, parts: int):
 
 
 def _distance(a: Any, b: Any) -> jax.Array:
-    """Euclidean distance of two parameter trees."""
+    """Euclidean distance between two parameter trees."""
     return optax.global_norm(jax.tree.map(jnp.subtract, a, b))

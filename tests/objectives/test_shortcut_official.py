@@ -1,8 +1,8 @@
-"""Shortcut Models against the authors' own code, number by number.
+"""Shortcut Models against numbers from the official code.
 
-`fixtures/shortcut_official.json` holds what that code drew and the targets it made (see
-its `about`). The draws are replayed here: the bootstrapped targets alone, and a whole
-batch, of which every input of the network and every target must be the official one.
+`fixtures/shortcut_official.json` holds the random draws and the targets of that code
+(see its `about`). The draws are replayed here: for the bootstrap targets alone, and for
+a whole batch, where every input of the network and every target must be equal.
 """
 
 import json
@@ -18,7 +18,7 @@ from ism_jax.objectives import shortcut
 
 NULL = 3
 EVERY = 4
-AVERAGE, ONLINE = 3.0, 0.7  # The network's one parameter, p.
+TARGET_EMA, ONLINE = 3.0, 0.7  # The network's one parameter, p.
 FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures' / 'shortcut_official.json'
 
 
@@ -39,7 +39,7 @@ def _official():
 
 
 def _network(params, x, t, d, w, label):
-    """The function that replaced the official network; `d` is its `dt_base` here."""
+    """The function that replaced the official network; its `dt_base` is a level."""
     assert w.shape == t.shape
     level = jnp.where(d == 0, 7.0, -jnp.log2(jnp.where(d == 0, 1.0, d)))
     scalar = params + jnp.sin(3 * t) + 0.1 * level + 0.3 * label
@@ -52,7 +52,7 @@ def _targets(guidance, **options):
     half = 0.5 ** (official['level'] + 1.0)
     target = objective.bootstrap_target(
         _network,
-        AVERAGE,
+        TARGET_EMA,
         *(jnp.asarray(official[name]) for name in ('x', 't')),
         jnp.asarray(half, jnp.float32),
         jnp.asarray(official['label']),
@@ -66,13 +66,13 @@ def test_bootstrap_targets_are_the_official_ones(guidance, name):
     np.testing.assert_allclose(target, official[name], atol=1e-5)
 
 
-def test_fixture_sees_guidance_and_both_clippings():
+def test_fixture_depends_on_guidance_and_both_clippings():
     official, unclipped = _targets(0.5, target_clip=1e9)
     guided = np.abs(official['target'] - official['target_guided']).max((1, 2, 3)) > 0.1
     np.testing.assert_array_equal(guided, official['level'] == 6)
     outside = np.abs(unclipped) > 4
     assert outside.any() and not outside.all()
-    # Wherever the target itself is within the limits, only the midpoint can differ.
+    # Where the target is within the limits, only the midpoint was clipped.
     moved = np.abs(unclipped - official['target_guided']) > 0.01
     assert (moved & ~outside).any()
 
@@ -85,17 +85,17 @@ def test_guidance_at_all_levels_is_not_the_official_rule():
 
 
 def test_whole_batch_is_the_official_one(monkeypatch):
-    """Inputs, targets and loss, with the official draws in place of ours."""
+    """Inputs, targets and loss equal the official ones for the official draws."""
     bootstrap, flow = _official().values()
     patterns = len(bootstrap['t'])
-    # The official code sorts by level, ours deals the levels out in turn.
+    # The official code sorts by level; ours takes the levels in turn.
     order = np.r_[np.arange(14).reshape(7, 2)[::-1].T.ravel(), 14, 15]
     bootstrap = {name: values[order] for name, values in bootstrap.items()}
     np.testing.assert_array_equal(
         bootstrap['level'], [*range(7), *range(7), 0, 0], 'the order of our levels'
     )
 
-    def weave(first, second):
+    def interleave(first, second):
         """One bootstrapped sample, then EVERY - 1 of flow matching, and again."""
         second = second.reshape(patterns, EVERY - 1, *second.shape[1:])
         both = np.concatenate([first[:, None], second], axis=1)
@@ -103,13 +103,13 @@ def test_whole_batch_is_the_official_one(monkeypatch):
 
     batch = Batch(
         *(
-            jnp.asarray(weave(bootstrap[name], flow[name]))
+            jnp.asarray(interleave(bootstrap[name], flow[name]))
             for name in ('noise', 'data', 'label')
         )
     )
 
     def draw(values):
-        """In place of a function of jax.random: the official draw."""
+        """A replacement of a function of jax.random that returns the official draw."""
 
         def drawn(key, *args, **kwargs):
             del key, args, kwargs
@@ -133,23 +133,31 @@ def test_whole_batch_is_the_official_one(monkeypatch):
         return jnp.mean(error**2, axis=(1, 2, 3)), {}
 
     loss, _ = shortcut.Objective(num_classes=NULL, bootstrap_every=EVERY, guidance=0.5)(
-        apply, ONLINE, AVERAGE, batch, jax.random.key(0), distance=distance, progress=0
+        apply,
+        ONLINE,
+        TARGET_EMA,
+        batch,
+        jax.random.key(0),
+        distance=distance,
+        progress=0,
     )
 
-    assert [call[0] for call in calls] == [AVERAGE, AVERAGE, ONLINE]
+    assert [call[0] for call in calls] == [TARGET_EMA, TARGET_EMA, ONLINE]
     _, x, t, d, w, label = calls[-1]
-    np.testing.assert_allclose(x, weave(bootstrap['x'], flow['x']), atol=1e-6)
-    np.testing.assert_array_equal(t, weave(bootstrap['t'], flow['t']))
+    np.testing.assert_allclose(x, interleave(bootstrap['x'], flow['x']), atol=1e-6)
+    np.testing.assert_array_equal(t, interleave(bootstrap['t'], flow['t']))
     size = 0.5 ** bootstrap['level'].astype(np.float32)
-    np.testing.assert_array_equal(d, weave(size, np.zeros(len(flow['t']), np.float32)))
+    np.testing.assert_array_equal(
+        d, interleave(size, np.zeros(len(flow['t']), np.float32))
+    )
     np.testing.assert_array_equal(w, 0)
     np.testing.assert_array_equal(
-        label, weave(bootstrap['label'], flow['label_dropped'])
+        label, interleave(bootstrap['label'], flow['label_dropped'])
     )
-    targets = weave(bootstrap['target_guided'], flow['target'])
+    targets = interleave(bootstrap['target_guided'], flow['target'])
     prediction = np.asarray(_network(*calls[-1]))
     error = prediction - targets
     np.testing.assert_allclose(
-        weave(*(np.asarray(error) for error in errors)), error, atol=1e-5
+        interleave(*(np.asarray(error) for error in errors)), error, atol=1e-5
     )
     np.testing.assert_allclose(loss, np.mean(error**2), rtol=1e-5)

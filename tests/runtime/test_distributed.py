@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ism_jax import trained_network
-from ism_jax.runtime import distributed, preemption, sharding
+from ism_jax.runtime import distributed, preemption
 from ism_jax.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -206,12 +206,11 @@ def test_each_with_a_folder_of_its_own(tmp_path):
     port = _free_port()
     code = (
         'import sys; from pathlib import Path; '
-        'from ism_jax import train; '
         'from ism_jax.runtime import command_line, distributed; '
         'run = lambda: (distributed.start("auto", coordinator=sys.argv.pop(), '
         'num_processes=2, process_id=int(sys.argv.pop())), '
-        'train.check_shared(Path(sys.argv.pop()))); '
-        'command_line.main(run)(sys.argv[:1])'
+        'distributed.check_shared(Path(sys.argv.pop()))); '
+        'command_line.guard(run)(sys.argv[:1])'
     )
     started = []
     for i in range(2):
@@ -292,17 +291,3 @@ def test_alone_nothing_is_started():
 
 def _raise(error):
     raise error
-
-
-def test_batches_lie_in_the_order_of_processes(monkeypatch):
-    """JAX may order the devices of a mesh by their wires."""
-    devices = jax.devices()
-    order = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-
-    class Device:
-        def __init__(self, device):
-            self.id, self.process_index = device.id, device.id // 2
-
-    fake = [Device(device) for device in devices]
-    assert not sharding._is_in_process_order(np.array(fake)[order].reshape(4, 2))
-    assert sharding._is_in_process_order(np.array(fake).reshape(4, 2))

@@ -1,13 +1,15 @@
-"""The sampler on flows known in closed form."""
+"""The sampler on flows known in closed form, and on several devices."""
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from ism_jax.method import interpolant, time_grid
+from ism_jax.method import random_streams, time_grid
 from ism_jax.objectives import ism
-from ism_jax.sampling.sampler import Sampler
+from ism_jax.runtime import sharding
+from ism_jax.sampling.sampler import Sampler, batch_sharding
 
 SHAPE = (2, 2, 1)
 
@@ -22,12 +24,12 @@ def _run(sampler, params=0.0, labels=range(6), guidance=0.0, steps=1, key=0):
         params, jax.random.key(key), list(labels), guidance=guidance,
         schedule=time_grid.dyadic_schedule(steps),
     )  # fmt: skip
-    images, labels = zip(*batches)
+    images, labels = zip(*batches, strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
 
 def _noise(count, key=0):
-    return interpolant.sample_noise(jax.random.key(key), jnp.arange(count), SHAPE)
+    return random_streams.sample_noise(jax.random.key(key), jnp.arange(count), SHAPE)
 
 
 @pytest.mark.parametrize('steps', [1, 3, 8, 128])
@@ -43,24 +45,26 @@ def test_average_velocities_are_exact_in_any_number_of_steps(steps):
     np.testing.assert_allclose(images, np.e * _noise(6), rtol=2e-4)
 
 
-def test_one_network_call_per_step_with_what_it_should_see():
-    seen = []
+def test_one_network_call_per_step_with_its_inputs():
+    calls = []
 
     def apply(params, x, t, d, w, label):
-        jax.debug.callback(lambda *a: seen.append(a), t, d, w, label)
+        jax.debug.callback(lambda *a: calls.append(a), t, d, w, label)
         return params + 0 * x
 
     _run(_sampler(apply), labels=[3, 1, 2, 0], guidance=1.5, steps=3)
-    assert len(seen) == 3
-    assert sorted({(float(t[0]), float(d[0])) for t, d, *_ in seen}) == [
+    assert len(calls) == 3
+    assert sorted({(float(t[0]), float(d[0])) for t, d, *_ in calls}) == [
         (0, 0.5), (0.5, 0.25), (0.75, 0.25),
     ]  # fmt: skip
-    assert all((w == 1.5).all() for _, _, w, _ in seen)
-    np.testing.assert_array_equal(seen[0][3], [3, 1, 2, 0])
+    assert all((w == 1.5).all() for _, _, w, _ in calls)
+    np.testing.assert_array_equal(calls[0][3], [3, 1, 2, 0])
 
 
 def test_noise_belongs_to_the_sample_not_to_the_batch():
-    apply = lambda params, x, t, d, w, label: params + 0 * x
+    def apply(params, x, t, d, w, label):
+        return params + 0 * x
+
     small, labels = _run(_sampler(apply, batch_size=4), params=0.5)
     large, _ = _run(_sampler(apply, batch_size=100), params=0.5)
     np.testing.assert_array_equal(labels, range(6))
@@ -81,6 +85,66 @@ def test_one_compilation_per_number_of_steps():
         _run(sampler, steps=steps, guidance=guidance)
         _run(sampler, steps=steps, labels=range(9))
     assert len(traces) <= 2 * 2  # A scan's body may be traced twice.
+
+
+def _label_field(params, x, t, d, w, label):
+    return params['a'] * x + label[:, None, None, None]
+
+
+@pytest.mark.parametrize('count', [6, 24])
+def test_samples_are_divided_among_the_devices(count):
+    params = {'a': jnp.float32(0.5)}
+    many = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
+    one = jax.device_put(params, jax.devices()[0])
+    options = dict(guidance=1.0, schedule=(0.5, 0.5))
+    key, labels = jax.random.key(0), np.arange(count) % 3
+    sampler = _sampler(_label_field, batch_size=12)  # Not a multiple of 8.
+    on_many = list(sampler.batches(many, key, labels, **options))
+    on_one = list(sampler.batches(one, key, labels, **options))
+    for (a, label_a), (b, label_b) in zip(on_many, on_one, strict=True):
+        np.testing.assert_array_equal(label_a, label_b)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    split, size = batch_sharding(many, 12)
+    assert isinstance(split, NamedSharding) and size == 16
+    assert not split.is_fully_replicated and len(split.device_set) == 8
+    assert batch_sharding(one, 12) == (None, 12)
+    # A slice of the same samples.
+    tail = list(sampler.batches(many, key, labels[3:], first=3, **options))
+    np.testing.assert_allclose(
+        np.concatenate([x for x, _ in tail]),
+        np.concatenate([x for x, _ in on_many])[3:],
+        atol=1e-5,
+    )
+
+
+def test_trajectory_starts_at_the_noise_and_ends_at_the_sample():
+    def decode(latents):
+        return jnp.repeat(latents, 3, axis=-1)
+
+    sampler = _sampler(_label_field, decode=decode)
+    assert sampler.image_shape == SHAPE and sampler.output_shape() == (2, 2, 3)
+    params, key, labels = {'a': 0.5}, jax.random.key(0), [1, 2]
+    options = dict(guidance=0.0, schedule=(0.5, 0.25, 0.25))
+    noise = sampler.noise(key, [0, 1])
+    states = list(sampler.trajectory(params, noise, labels, **options))
+    assert len(states) == 4
+    np.testing.assert_array_equal(states[0], decode(noise))
+    expected = noise
+    for d, state in zip(options['schedule'], states[1:], strict=True):
+        label = np.asarray(labels)[:, None, None, None]
+        expected = expected + d * (0.5 * expected + label)
+        np.testing.assert_allclose(state, decode(expected), rtol=1e-5)
+    final = sampler.final(params, noise, labels, **options)
+    np.testing.assert_array_equal(final, states[-1])
+    ((images, _),) = sampler.batches(params, key, labels, **options)
+    np.testing.assert_allclose(final, images, rtol=1e-5)
+
+
+def test_methods_that_add_noise_have_no_trajectory():
+    sampler = _sampler(_label_field)
+    sampler.deterministic = False
+    with pytest.raises(ValueError, match='adds noise between steps'):
+        sampler.final({'a': 0.5}, _noise(1), [0], guidance=0, schedule=(1.0,))
 
 
 def test_untrained_schedules_are_refused():

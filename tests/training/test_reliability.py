@@ -19,7 +19,7 @@ import pytest
 
 from ism_jax import config as config_lib
 from ism_jax import train, trained_network
-from ism_jax.data import pool_loader
+from ism_jax.data import pool_loader, source
 from ism_jax.runtime import checksums, lock, preemption, watchdog
 from ism_jax.training import checkpoint
 
@@ -61,12 +61,14 @@ def _assert_as_straight(state, straight):
 
 CHILD = """
 import sys
-from ism_jax import checkpoint, command_line, config, train
+from ism_jax import config, train
+from ism_jax.runtime import command_line
+from ism_jax.training import checkpoint, loop
 config_ = config.from_json(open(sys.argv[1]).read())
 sys.argv[1:] = sys.argv[2:]
 workdir = sys.argv.pop()
-command_line.main(
-    lambda: train.train(config_, workdir), train.NonFiniteError, checkpoint.SaveError
+command_line.guard(
+    lambda: train.train(config_, workdir), loop.NonFiniteError, checkpoint.SaveError
 )(sys.argv)
 """
 
@@ -107,7 +109,7 @@ def straight_child(tmp_path_factory):
     [(signal.SIGTERM, preemption.EXIT_CODE), (signal.SIGINT, 130)],
     ids=['SIGTERM', 'SIGINT'],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     kind, code, tmp_path, straight_child
 ):
     # Without regular checkpoints: what is there was saved because of the signal.
@@ -117,7 +119,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     process.send_signal(kind)
     rest = process.communicate(timeout=120)[0]
     assert process.returncode == code, shown + rest
-    assert f'stopped by {kind.name}; step' in rest and 'goes on' in rest
+    assert f'stopped by {kind.name}; step' in rest and 'resumes the run' in rest
     steps = checkpoint.saved_steps(tmp_path / 'run')
     assert len(steps) == 1 and f'step {steps[0]} is saved' in rest
     assert not checksums.problems(tmp_path / 'run' / 'checkpoints' / str(steps[0]))
@@ -252,7 +254,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 """
 
 
-def test_a_full_disk_is_told_and_stops_only_in_the_end(tmp_path, straight):
+def test_a_full_disk_is_reported_and_stops_only_at_the_end(tmp_path, straight):
     _run(tmp_path / 'run', 3)
     path = tmp_path / 'config.json'
     path.write_text(config_lib.to_json(_config()))
@@ -266,7 +268,7 @@ def test_a_full_disk_is_told_and_stops_only_in_the_end(tmp_path, straight):
     assert 'those of [3] stay, and the next save tries again' in done.stdout
     assert '3 checkpoints in a row could not be saved' in done.stdout, done.stdout
     assert checkpoint.saved_steps(tmp_path / 'run') == [3]
-    # With room again it goes on.
+    # With room again it resumes.
     _assert_as_straight(_run(tmp_path / 'run'), straight)
 
 
@@ -295,10 +297,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         _run(tmp_path / 'file' / 'run')
 
 
-class _Flaky:
+class _Flaky(source.Source):
     """A source that cannot be read now and then."""
 
-    image_shape, class_names, num_classes, skipped = (4, 4, 1), ('a', 'b'), 2, ()
+    image_shape, class_names, skipped = (4, 4, 1), ('a', 'b'), ()
 
     def __init__(self, failures):
         self._failures = failures
@@ -346,9 +348,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     assert (tmp_path / lock.NAME).exists()
 
 
-def test_a_step_that_hangs_is_reported(tmp_path):
+def test_a_step_that_hangs_is_reported(tmp_path, monkeypatch):
     with open(tmp_path / 'stacks', 'w+') as file:
-        dog = watchdog.Watchdog(0.2, file)
+        monkeypatch.setattr(sys, '__stderr__', file)
+        dog = watchdog.Watchdog(0.2)
         dog.step()
         time.sleep(0.5)
         dog.stop()
@@ -359,7 +362,7 @@ def test_a_step_that_hangs_is_reported(tmp_path):
         time.sleep(0.3)
         file.seek(0)
         assert file.read() == shown  # Stopped.
-        never = watchdog.Watchdog(0, file)
+        never = watchdog.Watchdog(0)
         never.step()
         faulthandler.cancel_dump_traceback_later()
 

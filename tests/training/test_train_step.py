@@ -1,4 +1,4 @@
-"""The train step: averages, skipped steps, accumulation, meshes, switches."""
+"""The train step: EMAs, skipped steps, accumulation, meshes, switches."""
 
 import functools
 import itertools
@@ -53,7 +53,9 @@ def _setup(tx=None, *, mesh=None, twin=True, objective=None, distance=None, **op
     whole = sharding.replicated(mesh)
     step = functools.partial(
         train_step.train_step,
-        apply=functools.partial(experiment.apply_model, MODEL),
+        apply=lambda params, *inputs: MODEL.clone(mesh=mesh).apply(
+            {'params': params}, *inputs
+        ),
         objective=objective or ism.Objective(num_classes=4),
         distance=distance or loss_distance.squared_error,
         tx=tx,
@@ -89,22 +91,26 @@ def _assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-def test_averages_follow_a_hand_recursion():
+def _mix(decay, ema, params):
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
+
+
+def test_emas_follow_a_hand_recursion():
     state, step = _setup()
     target = infer = _host(state.params)
     for n in range(3):
         state, _ = step(state, _pool())
         params = _host(state.params)
         decay = min(0.99, (1 + n) / (10 + n))
-        target = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, target, params)
-        infer = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, infer, params)
+        target = _mix(0.9, target, params)
+        infer = _mix(decay, infer, params)
     _assert_close(_host(state.target), target, rtol=1e-4, atol=1e-6)
     _assert_close(_host(state.infer), infer, rtol=1e-4, atol=1e-6)
     difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), target, infer)
     assert max(jax.tree.leaves(difference)) > 1e-3
 
 
-def test_without_twin_ema_the_slow_average_makes_targets():
+def test_without_twin_ema_the_inference_ema_makes_targets():
     state, step = _setup(twin=False)
     assert state.target is None and state.target_params() is state.infer
     state, metrics = step(state, _pool())
@@ -117,7 +123,7 @@ def test_a_non_finite_step_changes_nothing_but_the_counters():
     state, step = _setup()
     state, _ = step(state, _pool())
     before = _host(state)
-    images = np.array(_pool().images)
+    images = np.array(_pool().data)
     images[1, 3] = np.nan
     bad = _pool(images=images)
     state, metrics = step(state, bad)
@@ -212,7 +218,7 @@ def test_a_step_is_a_function_of_seed_and_step():
 def test_the_batch_is_paired_as_the_pool_says():
     pool = _pool(3, 4, number=5)
     batch = paired_pool.pool_batch(pool, jnp.int32(4), SEED_KEY)  # Its second batch.
-    np.testing.assert_array_equal(batch.data, pool.images[1])
+    np.testing.assert_array_equal(batch.data, pool.data[1])
     np.testing.assert_array_equal(batch.label, pool.labels[1])
     key = random_streams.stream(SEED_KEY, random_streams.NOISE, 5)
     for place, number in enumerate(pool.noise_index[1]):
@@ -239,7 +245,7 @@ SWITCHES = ('intrinsic_guidance', 'interval', 'wavelet', 'twin')
 @pytest.mark.parametrize('on', list(itertools.product((False, True), repeat=4)))
 def test_components_switch_off_alone_and_together(on):
     """All but transport, which is switched in `train` and tested there."""
-    switch = dict(zip(SWITCHES, on))
+    switch = dict(zip(SWITCHES, on, strict=True))
     config = config_lib.default()
     config.wavelet.update(enabled=switch['wavelet'], levels=3)
     distance = loss_distance.squared_error
@@ -291,17 +297,3 @@ def test_each_switch_changed_the_loss():
                 assert loss == LOSSES[other]
             else:
                 assert loss != LOSSES[other]
-
-
-def test_meshes_that_do_not_fit():
-    with pytest.raises(ValueError, match='mesh.fsdp = 3 does not divide'):
-        sharding.make_mesh(fsdp=3)
-    with pytest.raises(ValueError, match='mesh.data = 3 times mesh.fsdp = 2'):
-        sharding.make_mesh(data=3, fsdp=2)
-
-
-def test_small_arrays_are_not_split():
-    assert sharding.leaf_spec((64,), 8) == jax.P()
-    assert sharding.leaf_spec((3, 512, 2048), 8) == jax.P(None, None, 'fsdp')
-    assert sharding.leaf_spec((28, 2050, 1000), 8) == jax.P(None, None, 'fsdp')
-    assert sharding.leaf_spec((3, 5001), 8) == jax.P()

@@ -1,0 +1,538 @@
+"""What values a config may have: all validation, once, before anything is compiled.
+
+`validate` needs the config alone. `check_devices`, `check_source` and `check_resume`
+compare it with the machine, the data and the run that it continues. Each raises one
+ValueError that names the field, its value, what is allowed and what to do.
+"""
+
+from collections.abc import Iterator
+import math
+
+from ism_jax import config as config_lib
+from ism_jax import objectives
+from ism_jax.method import time_grid, wavelet
+from ism_jax.models import sit
+from ism_jax.training import optimizer
+
+
+def _at_least(low):
+    return f'at least {low}', lambda v: v >= low
+
+
+def _one_of(*values):
+    return 'one of ' + ', '.join(map(repr, values)), lambda v: v in values
+
+
+_POSITIVE = 'a positive number', lambda v: v > 0 and math.isfinite(v)
+_FRACTION = 'in [0, 1)', lambda v: 0 <= v < 1
+_POWER_OF_TWO = (
+    f'a power of two from 2 to {2**sit.MAX_LEVELS}, such as 128: steps are halved',
+    lambda v: 2 <= v <= 2**sit.MAX_LEVELS and not v & (v - 1),
+)
+
+# Field -> (what is allowed, predicate).
+RULES = {
+    'seed': _at_least(0),
+    'data.image_size': _at_least(1),
+    'data.channels': _at_least(1),
+    'data.on_corrupt': _one_of('error', 'skip'),
+    'data.classes_per_pool': _at_least(0),
+    'data.num_threads': _at_least(1),
+    'data.prefetch': _at_least(1),
+    'data.retry_seconds': _at_least(0),
+    'model.patch_size': _at_least(1),
+    'model.hidden_size': (
+        'at least 4 and a multiple of 4, for the 2-D sin-cos positions',
+        lambda v: v >= 4 and v % 4 == 0,
+    ),
+    'model.depth': _at_least(1),
+    'model.num_heads': _at_least(1),
+    'model.mlp_ratio': _POSITIVE,
+    'model.dtype': _one_of('float32', 'bfloat16'),
+    'model.remat': _one_of(*sit.REMAT_POLICIES),
+    'model.attention': _one_of(*sit.ATTENTION_IMPLEMENTATIONS),
+    'model.unroll': _at_least(1),
+    'model.step_embedding': _one_of(*sit.STEP_EMBEDDINGS),
+    'model.time_scale': _POSITIVE,
+    'wavelet.levels': _at_least(1),
+    'transport.batches': _at_least(1),
+    'transport.method': _one_of('permutation', 'row_sampling'),
+    'transport.epsilon': _POSITIVE,
+    'transport.max_iterations': _at_least(1),
+    'transport.tolerance': _POSITIVE,
+    'ema.target_decay': _FRACTION,
+    'ema.infer_decay': _FRACTION,
+    'optimizer.learning_rate': _POSITIVE,
+    'optimizer.schedule': _one_of(*optimizer.SCHEDULES),
+    'optimizer.warmup_steps': _at_least(0),
+    'optimizer.b1': _FRACTION,
+    'optimizer.b2': _FRACTION,
+    'optimizer.eps': _POSITIVE,
+    'optimizer.weight_decay': _at_least(0),
+    'optimizer.clip_norm': _at_least(0),
+    'train.steps': _at_least(1),
+    'train.batch_size': _at_least(1),
+    'train.accumulate': _at_least(1),
+    'train.max_skipped_in_row': _at_least(1),
+    'train.stuck_after_seconds': _at_least(0),
+    'mesh.data': (
+        'at least 1, or -1 for all devices left',
+        lambda v: v >= 1 or v == -1,
+    ),
+    'mesh.fsdp': _at_least(1),
+    'log.every': _at_least(1),
+    'log.grid_every': _at_least(0),
+    'log.grid_columns': _at_least(1),
+    'checkpoint.every': _at_least(1),
+    'checkpoint.keep_last': _at_least(1),
+    'checkpoint.keep_best': _at_least(0),
+    'sample.batch_size': _at_least(1),
+    'scores.checkpoint_samples': _at_least(0),
+}
+
+# The same for the options of objectives; one that several methods have means the same.
+OPTION_RULES = {
+    'label_dropout': _FRACTION,
+    'base_steps': _POWER_OF_TWO,
+    'guidance_interval': _FRACTION,
+    'midpoint': _one_of('target', 'online'),
+    'bootstrap_every': (
+        'at least 2, so that a share of the batch is left for flow matching; 8 is '
+        'usual',
+        lambda v: v >= 2,
+    ),
+    'guidance': (
+        'at least 0 and finite: it is the classifier-free-guidance scale - 1',
+        lambda v: 0 <= v < math.inf,
+    ),
+    'cfg_levels': _one_of('finest', 'all'),
+    'target_clip': ("above 0; 4 is usual, float('inf') clips nothing", lambda v: v > 0),
+    'group_size': ('at least 1; 4 is usual, 1 and 2 collapse', lambda v: v >= 1),
+    'data_std': (
+        "a positive number, the standard deviation of the data's values",
+        lambda v: 0 < v < math.inf,
+    ),
+    'sampler': _one_of('pushforward', 'restart'),
+    'guidance_mix': _FRACTION,
+    'time_std': _POSITIVE,
+    'norm_eps': _POSITIVE,
+    'anneal_rate': ('above 0 and finite; 25 is usual', lambda v: 0 < v < math.inf),
+    'alpha_margin': ('in [0, 0.5)', lambda v: 0 <= v < 0.5),
+    'alpha': (
+        'in [0, 1], or -1 for the annealed one',
+        lambda v: v == -1 or 0 <= v <= 1,
+    ),
+    'direction': _one_of('data', 'network'),
+    'log_std': _POSITIVE,
+}
+
+
+def validate(config) -> None:
+    """Refuses a config that could not work, by the first field that is wrong.
+
+    Raises:
+      ValueError: naming the field, the value, what is allowed and what to do.
+    """
+    _refuse(_problems(config))
+
+
+def _refuse(problems: Iterator[str]) -> None:
+    problem = next(problems, None)
+    if problem:
+        raise ValueError(problem)
+
+
+def _problems(c) -> Iterator[str]:
+    """Problems in words; each relies on those before being absent."""
+    flat = config_lib.flatten(c)
+    for name, value in flat.items():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, int) and abs(part) >= 2**31:
+                yield f'{name} = {value} must be less than 2**31'
+            if isinstance(part, float) and math.isnan(part):
+                yield f'{name} = {value} must be a number'
+    yield from _rule_problems(flat, RULES)
+    yield from _option_problems(c.objective)
+    yield from _model_problems(c)
+    yield from _data_problems(c)
+    objective = objectives.create(num_classes=1, **c.objective)
+    yield from _objective_problems(c, objective)
+    if c.wavelet.enabled:
+        yield from _wavelet_problems(c)
+    if c.optimizer.warmup_steps >= c.train.steps:
+        yield (
+            f'optimizer.warmup_steps = {c.optimizer.warmup_steps} must be less than '
+            f'train.steps = {c.train.steps}'
+        )
+    for name in ('sample.steps', 'log.grid_steps'):
+        for number in flat[name]:
+            if not 1 <= number <= objective.base_steps:
+                yield (
+                    f'{name} = {flat[name]}: each must lie in 1 .. '
+                    f'{objective.base_steps}, the steps that the method is trained for'
+                )
+    for name in ('sample.guidance', 'log.grid_guidance'):
+        values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
+        yield from _guidance_problems(name, values, objective.guidance_range)
+    if c.scores.enabled and c.scores.samples < 100:
+        yield (
+            f'scores.samples = {c.scores.samples} must be at least 100 for a Frechet '
+            'distance; or set scores.enabled = False'
+        )
+
+
+def _rule_problems(flat, rules, prefix: str = '') -> Iterator[str]:
+    for name, value in flat.items():
+        if name in rules and not rules[name][1](value):
+            yield f'{prefix}{name} = {value!r} must be {rules[name][0]}'
+
+
+def _option_problems(options) -> Iterator[str]:
+    if options.name not in objectives.names():
+        names = ', '.join(objectives.names())
+        yield f'objective.name = {options.name!r} must be one of {names}'
+    allowed = {'name', *objectives.options(options.name)}
+    if set(options) != allowed:
+        yield (
+            f'objective.name = {options.name!r} has the options '
+            f'{sorted(allowed - {"name"})}, but config.objective has '
+            f'{sorted(set(options) - {"name"})}; start from config.objective = '
+            f'objective_defaults({options.name!r})'
+        )
+    yield from _rule_problems(options, OPTION_RULES, 'objective.')
+    if options.name == 'ism':
+        yield from _ism_problems(options)
+    elif options.name in ('meanflow', 'alpha_flow'):
+        split = options.batch_split
+        if len(split) != 2 or any(s != int(s) or s < 0 for s in split) or not split[1]:
+            yield (
+                f'objective.batch_split = {split} must be two whole numbers: samples '
+                'with d = 0 and, at least 1, with a step; (3, 1) is usual'
+            )
+        if not 0 <= options.guidance_start <= options.guidance_end <= 1:
+            yield (
+                f'objective.guidance_start = {options.guidance_start} and guidance_end '
+                f'= {options.guidance_end} must be 0 <= start <= end <= 1'
+            )
+    elif options.name == 'consistency':
+        low, high = options.sigma_min, options.sigma_max
+        if not 0 < low < high < math.inf:
+            yield (
+                f'objective.sigma_min = {low} and sigma_max = {high} must be 0 < '
+                'sigma_min < sigma_max; 0.002 and 80 are usual'
+            )
+        if not 1 <= options.first_intervals <= options.last_intervals:
+            yield (
+                f'objective.first_intervals = {options.first_intervals} must lie in 1 '
+                f'.. last_intervals = {options.last_intervals}'
+            )
+    if options.name == 'alpha_flow':
+        start, end = options.anneal_start, options.anneal_end
+        if not 0 <= start < end <= 1:
+            yield (
+                f'objective.anneal_start = {start} and anneal_end = {end} must be 0 <= '
+                'start < end <= 1, shares of the training'
+            )
+
+
+def _ism_problems(options) -> Iterator[str]:
+    for name in ('batch_split', 'loss_weights'):
+        values = options[name]
+        if len(values) != 3 or min(values) < 0 or not 0 < sum(values) < math.inf:
+            yield (
+                f'objective.{name} = {values} must be three numbers of at least 0, not '
+                'all 0: velocity, guidance, consistency'
+            )
+    if any(share != int(share) for share in options.batch_split):
+        yield (
+            f'objective.batch_split = {options.batch_split} must be whole numbers, '
+            'such as (2, 1, 1) for a half and two quarters'
+        )
+    step = options.guidance_step
+    count = options.guidance_max / step if step > 0 else 0
+    if count < 1 or abs(count - round(count)) > 1e-6:
+        yield (
+            f'objective.guidance_max = {options.guidance_max} must be a positive '
+            f'multiple of objective.guidance_step = {step}'
+        )
+
+
+def _model_problems(c) -> Iterator[str]:
+    side, patch = c.data.image_size, c.model.patch_size
+    if side % patch:
+        yield (
+            f'model.patch_size = {patch} does not divide data.image_size = {side}; '
+            f'choose a divisor of {side}'
+        )
+    if (tokens := (side // patch) ** 2) > sit.MAX_TOKENS:
+        yield (
+            f'data.image_size = {side} in patches of model.patch_size = {patch} makes '
+            f'{tokens} tokens, more than {sit.MAX_TOKENS}; use larger patches, or '
+            'latents'
+        )
+    if c.model.hidden_size % c.model.num_heads:
+        yield (
+            f'model.num_heads = {c.model.num_heads} does not divide model.hidden_size '
+            f'= {c.model.hidden_size}; choose a divisor of {c.model.hidden_size}'
+        )
+    if c.model.mlp_ratio * c.model.hidden_size < 1:
+        yield (
+            f'model.mlp_ratio = {c.model.mlp_ratio} of model.hidden_size = '
+            f'{c.model.hidden_size} leaves nothing; 4.0 is usual'
+        )
+
+
+def _data_problems(c) -> Iterator[str]:
+    latents = c.data.source.startswith('latents:')
+    if c.data.autoencoder and not latents and c.data.source:
+        yield (
+            f'data.autoencoder = {c.data.autoencoder!r} decodes latents, but '
+            f'data.source = {c.data.source!r} gives images; set it to '
+            "'latents:PATH' (see ism_jax.prepare_data) or data.autoencoder to ''"
+        )
+    if latents and c.scores.enabled:
+        yield (
+            f'scores.enabled = True, but data.source = {c.data.source!r} has no images '
+            'for the small classifier to learn from; set scores.enabled = False'
+        )
+    if c.data.source and not latents and c.data.channels not in (1, 3):
+        yield (
+            f'data.channels = {c.data.channels}: images have 1 (grey) or 3 (RGB) '
+            'channels'
+        )
+    if c.data.source in ('mnist', 'fashion_mnist') and c.data.channels != 1:
+        yield (
+            f'data.channels = {c.data.channels}, but data.source = {c.data.source!r} '
+            'is grey; set data.channels = 1'
+        )
+    mean, std = c.data.latent_mean, c.data.latent_std
+    if not mean and not std:
+        return
+    given = f'data.latent_mean = {mean} and data.latent_std = {std}'
+    if not latents:
+        yield (
+            f'{given} are of latents, but data.source = {c.data.source!r}; set both '
+            'to ()'
+        )
+    if not len(mean) == len(std) == c.data.channels or not min(std) > 0:
+        yield (
+            f'{given} must have a number for each of the data.channels = '
+            f'{c.data.channels}, the latter above 0; the manifest of the latents has '
+            'them as channel_mean and channel_std'
+        )
+
+
+def _objective_problems(c, objective) -> Iterator[str]:
+    needed = objective.model_options.get('step_embedding', c.model.step_embedding)
+    if c.model.step_embedding != needed:
+        yield (
+            f'model.step_embedding = {c.model.step_embedding!r} does not serve '
+            f'objective.name = {c.objective.name!r}; set it to {needed!r}'
+        )
+    # The official shortcut-models code lets these pass in silence.
+    size, parts = c.train.batch_size, c.train.accumulate
+    multiple = objective.batch_multiple * parts
+    smallest = objective.min_batch * parts
+    given = f'train.batch_size = {size} (in train.accumulate = {parts} part(s))'
+    if size < smallest:
+        yield (
+            f'{given} is too small: with fewer than {smallest} samples some step sizes '
+            f'would never be trained; choose at least {smallest}, or give '
+            'self-consistency a larger share in objective.batch_split'
+        )
+    if size % multiple:
+        yield (
+            f'{given} must be a multiple of {multiple}, so that it splits exactly as '
+            f'the objective asks; choose {max(smallest, size // multiple * multiple)} '
+            f'or {(size // multiple + 1) * multiple}'
+        )
+
+
+def _wavelet_problems(c) -> Iterator[str]:
+    name, levels = c.wavelet.name, c.wavelet.levels
+    known = wavelet.wavelet_names()
+    if name not in known:
+        yield (
+            f'wavelet.name = {name!r} is not a discrete wavelet of PyWavelets'
+            + config_lib.suggestion(name, known)
+        )
+    most = wavelet.max_levels(c.data.image_size, c.data.image_size)
+    if levels > most:
+        yield (
+            f'wavelet.levels = {levels} must lie in 1 .. {most} for images of '
+            f'data.image_size = {c.data.image_size}: each level halves the side '
+            'exactly' + ('' if most else '; or set wavelet.enabled = False')
+        )
+    weighting = c.wavelet.weighting
+    try:
+        weights = [float(part) for part in str(weighting).split(',')]
+    except ValueError:
+        if weighting not in wavelet.WEIGHTINGS:
+            yield (
+                f'wavelet.weighting = {weighting!r} is unknown; choose one of '
+                f"{', '.join(wavelet.WEIGHTINGS)}, or weights 'a,b,...'"
+            )
+        return
+    if len(weights) not in (1 + levels, 1 + 3 * levels):
+        yield (
+            f'wavelet.weighting = {weighting!r} has {len(weights)} weights; for '
+            f'wavelet.levels = {levels} give {1 + levels} (approximation, then levels '
+            f'{levels} .. 1) or {1 + 3 * levels} (in the order '
+            f'{", ".join(wavelet.band_names(levels))})'
+        )
+    if not all(0 < w < math.inf for w in weights):
+        yield (
+            f'wavelet.weighting = {weighting!r} must be positive and finite: with a '
+            'weight of 0 the minimiser would no longer be the conditional mean; give a '
+            'small one, such as 0.01'
+        )
+
+
+def _guidance_problems(name: str, values, guidance_range) -> Iterator[str]:
+    low, high = guidance_range
+    for w in values:
+        if not low <= w <= high:
+            yield (
+                f'{name} = {w} must lie in [{low:g}, {high:g}], the guidance scales w '
+                'that the method offers when sampling'
+            )
+
+
+def check_guidance(objective, values) -> None:
+    """Refuses guidance scales that the method does not offer, such as of a flag.
+
+    Raises:
+      ValueError: naming the value and the range.
+    """
+    _refuse(_guidance_problems('guidance', values, objective.guidance_range))
+
+
+def check_schedule(steps, base_steps: int) -> tuple[float, ...]:
+    """The step sizes of a number of steps, or of explicit ones, as a user gave them.
+
+    Args:
+      steps: a number of steps, or step sizes that sum to 1.
+      base_steps: 1 / the smallest step size that the network was trained for.
+
+    Raises:
+      ValueError: what the network was not trained for.
+    """
+    if isinstance(steps, int):
+        return time_grid.dyadic_schedule(steps, base_steps)
+    time_grid.check_schedule(steps, base_steps)
+    return tuple(steps)
+
+
+def check_devices(config, device_count: int, process_count: int) -> None:
+    """Refuses a mesh or a batch that the devices and processes do not divide.
+
+    Raises:
+      ValueError: naming the field and what divides.
+    """
+    _refuse(_device_problems(config, device_count, process_count))
+
+
+def _device_problems(c, device_count, process_count) -> Iterator[str]:
+    data, fsdp = c.mesh.data, c.mesh.fsdp
+    if device_count % fsdp:
+        yield (
+            f'mesh.fsdp = {fsdp} does not divide the {device_count} devices; choose a '
+            'divisor'
+        )
+    if data != -1 and data * fsdp != device_count:
+        yield (
+            f'mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices '
+            f'{device_count}; set mesh.data = -1 to take what is left'
+        )
+    size, parts = c.train.batch_size, c.train.accumulate
+    if size // parts % device_count:
+        yield (
+            f'train.batch_size = {size} in train.accumulate = {parts} part(s) must '
+            f'split evenly over the {device_count} devices; choose a multiple of '
+            f'{device_count * parts}'
+        )
+    if size % process_count:
+        yield (
+            f'train.batch_size = {size} must be a multiple of the {process_count} '
+            'processes'
+        )
+
+
+def check_source(config, source) -> None:
+    """Refuses fields that the opened data source cannot serve.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if config.data.classes_per_pool and not hasattr(source, 'labels'):
+        raise ValueError(
+            f'data.classes_per_pool = {config.data.classes_per_pool} needs all labels '
+            f'before the images, and {source!r} has none; prepare latents, use a '
+            'folder or set it to 0'
+        )
+
+
+# What may differ when a run is resumed: its length and what it reports.
+RESUMABLE = (
+    'train.steps',
+    'train.max_skipped_in_row',
+    'train.stuck_after_seconds',
+    'data.num_threads',
+    'data.prefetch',
+    'data.dir',
+    'data.on_corrupt',
+    'data.autoencoder',
+    'data.retry_seconds',
+    'mesh',
+    'log',
+    'checkpoint',
+    'sample',
+    'scores',
+    'model.remat',
+    'model.attention',
+    'model.unroll',
+)
+
+
+def check_resume(old, new, workdir) -> list[str]:
+    """Lines 'field: old -> new' of what changed since the run was started.
+
+    Args:
+      old: the config that the run in `workdir` was started with.
+      new: the config to resume it with.
+      workdir: for the message.
+
+    Raises:
+      ValueError: a changed field that would make it another run. `train.steps` is one
+        where a curriculum or a decaying learning rate depends on it: what training has
+        passed would be passed again.
+    """
+    old_fields, new_fields = config_lib.flatten(old), config_lib.flatten(new)
+    allowed, refused = [], []
+    for name in sorted(old_fields.keys() | new_fields.keys()):
+        before, after = old_fields.get(name), new_fields.get(name)
+        if before == after:
+            continue
+        free = any(name == f or name.startswith(f'{f}.') for f in RESUMABLE)
+        line = f'{name}: {before!r} -> {after!r}'
+        if name == 'train.steps':
+            follows = _what_follows_the_length(old)
+            free = not follows
+            line += f' (its {follows} depends on the length)' if follows else ''
+        (allowed if free else refused).append(line)
+    if refused:
+        raise ValueError(
+            f'{workdir} holds a run of another config; these fields cannot change: '
+            + '; '.join(refused)
+            + (f'. These could: {"; ".join(allowed)}' if allowed else '')
+            + '. Set them back or give a new --workdir'
+        )
+    return allowed
+
+
+def _what_follows_the_length(config) -> str:
+    if objectives.create(num_classes=1, **config.objective).has_curriculum:
+        return f'curriculum ({config.objective.name})'
+    if config.optimizer.schedule != 'constant':
+        return f'learning rate (optimizer.schedule = {config.optimizer.schedule!r})'
+    return ''

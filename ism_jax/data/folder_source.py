@@ -1,0 +1,134 @@
+"""Image files in a folder, one subfolder per class."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ism_jax.data import image_crop, source
+from ism_jax.runtime.files import local_path
+
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
+# After this many unreadable images in a row, the folder is at fault, not the image.
+MAX_SKIPPED_IN_ROW = 100
+
+
+class FolderSource(source.Source):
+    """A source of image files, one subfolder per class, in sorted order.
+
+    A class folder may have subfolders of its own. Names that begin with a dot are
+    ignored. Images are cropped by `image_crop.center_crop`.
+
+    Args:
+      path: the folder.
+      image_size: side of the cropped images, in pixels.
+      channels: 1 (grey) or 3 (RGB).
+      on_corrupt: 'error' stops at an unreadable image, 'skip' replaces it by the next
+        readable one and counts it in `skipped`.
+
+    Raises:
+      ValueError: no folder, no images, a class without images, an image in no class.
+    """
+
+    def __init__(
+        self, path: str, *, image_size: int, channels: int, on_corrupt: str = 'error'
+    ):
+        self.path = local_path(path, 'folder')
+        self.image_shape = (image_size, image_size, channels)
+        self.skipped = source.SkippedImages()
+        self._attempts = MAX_SKIPPED_IN_ROW if on_corrupt == 'skip' else 1
+        classes = _list_classes(self.path)
+        self.class_names = tuple(classes)
+        # Names relative to the folder, to save memory: there may be millions.
+        self._files = [file for files in classes.values() for file, _ in files]
+        counts = [len(files) for files in classes.values()]
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        digest = hashlib.sha256()
+        for files in classes.values():
+            digest.update('\n'.join(f'{file} {n}' for file, n in files).encode())
+        self._digest = digest.hexdigest()[:12]
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, index):
+        attempts = min(self._attempts, len(self))
+        for candidate in range(index, index + attempts):
+            # The first is not wrapped, so that an index past the end is an error.
+            chosen = candidate % len(self) if candidate > index else index
+            path = self.path / self._files[chosen]
+            try:
+                return {'image': self._read(path), 'label': self.labels[chosen]}
+            except source.CorruptImageError as error:
+                last = error
+                if self._attempts > 1:
+                    self.skipped.add(chosen, str(path), str(error))
+        if self._attempts > 1:
+            last = source.CorruptImageError(
+                f'{attempts} images in a row in {self.path} cannot be read; of the '
+                f'last: {last}'
+            )
+        raise last
+
+    def name_of(self, index):
+        return str(self.path / self._files[index])
+
+    def __repr__(self):
+        return (
+            f'FolderSource({str(self.path)!r}, {len(self)} images, '
+            f'{self.num_classes} classes, {self.image_shape}, listing {self._digest})'
+        )
+
+    def _read(self, path: Path) -> np.ndarray:
+        size, _, channels = self.image_shape
+        with source.decoding(str(path)), Image.open(path) as image:
+            return image_crop.center_crop(image, size, channels)
+
+
+def _list_classes(path: Path) -> dict[str, list[tuple[str, int]]]:
+    """The files of each class as (name relative to `path`, size in bytes), sorted."""
+    entries, classes = [], {}
+    if path.is_dir():
+        entries = sorted(p for p in path.iterdir() if not p.name.startswith('.'))
+        names = [entry.name for entry in entries if entry.is_dir()]
+        classes = {name: sorted(_list_images(path / name, name)) for name in names}
+    loose = [entry for entry in entries if is_image(entry.name)]
+    empty = [path / name for name, files in classes.items() if not files]
+    if loose:
+        problem = f'{loose[0]} is in no class ({len(loose)} such images)'
+    elif empty:
+        problem = f'{empty[0]} holds no images ({", ".join(IMAGE_SUFFIXES)})'
+    elif not classes:
+        problem = f'{path} is not a folder with subfolders'
+    else:
+        return classes
+    raise ValueError(
+        f'{problem}; every subfolder is a class, so put the images of each class into '
+        'one (all images into one subfolder if there are no classes)'
+    )
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name is that of an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith('.')
+
+
+def _list_images(folder: Path, name: str, parents: tuple[Path, ...] = ()):
+    """Yields (`name`/file with forward slashes, size in bytes), recursively."""
+    real = folder.resolve()
+    if real in parents:
+        return  # A link to a folder that contains it would never end.
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith('.'):
+                yield from _list_images(
+                    folder / entry.name, f'{name}/{entry.name}', (*parents, real)
+                )
+            elif is_image(entry.name):
+                # A broken link has no size and is reported when it is read. Reading a
+                # pipe or a device would block.
+                exists = os.path.exists(entry.path)
+                if not exists or entry.is_file():
+                    yield f'{name}/{entry.name}', entry.stat().st_size if exists else 0

@@ -1,0 +1,125 @@
+"""The table and the figure of an ablation, from its records.
+
+A record is one number of sampling steps of one run: a dict with `recipe`, `seed`,
+`steps`, `fd`, `accuracy` and `train_minutes`.
+"""
+
+from collections.abc import Sequence
+import math
+
+from matplotlib import figure as figures
+from matplotlib import ticker
+import numpy as np
+
+from ism_jax.sampling import image_grid
+
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000')
+
+
+def summarize(records: Sequence[dict], field: str) -> dict:
+    """{(recipe, steps): (mean, standard error, number of seeds)} of a field.
+
+    The standard error of a single seed is NaN. A null value, from samples that
+    diverged, makes the mean NaN.
+    """
+    cells = {}
+    for record in records:
+        value = math.nan if record[field] is None else record[field]
+        cells.setdefault((record['recipe'], record['steps']), []).append(value)
+    return {cell: _mean_and_error(values) for cell, values in cells.items()}
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
+    count = len(values)
+    error = math.nan if count < 2 else np.std(values, ddof=1) / math.sqrt(count)
+    return float(np.mean(values)), float(error), count
+
+
+def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
+    """A Markdown table with a row per recipe and a column per number of steps.
+
+    Args:
+      records: of the ablation.
+      recipes: recipes in the order of the rows; others follow in alphabetical order.
+    """
+    distance, accuracy = (summarize(records, field) for field in ('fd', 'accuracy'))
+    steps = sorted({record['steps'] for record in records})
+    minutes = {}
+    for record in records:
+        of_recipe = minutes.setdefault(record['recipe'], {})
+        of_recipe[record['seed']] = record['train_minutes']
+
+    def cell(recipe, number):
+        if (recipe, number) not in distance:
+            return ''
+        mean, error, _ = distance[recipe, number]
+        spread = '' if math.isnan(error) else f' ± {format_number(error)}'
+        return f'{format_number(mean)}{spread} ({accuracy[recipe, number][0]:.0%})'
+
+    header = ['recipe', *map(image_grid.step_count, steps), 'seeds', 'min']
+    rows = [header, ['---'] * len(header)]
+    order = [recipe for recipe in recipes if recipe in minutes]
+    for recipe in (*order, *sorted(minutes.keys() - set(recipes))):
+        of_seeds = list(minutes[recipe].values())
+        cells = (cell(recipe, number) for number in steps)
+        rows.append(
+            [f'`{recipe}`', *cells, f'{len(of_seeds)}', f'{np.mean(of_seeds):.1f}']
+        )
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + '\n'
+
+
+def format_number(value: float | None) -> str:
+    """A number with three significant digits; None is NaN."""
+    if value is None or not math.isfinite(value):
+        return 'NaN'
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 1
+    return f'{value:.{digits}f}'
+
+
+def plot(
+    records: Sequence[dict], rungs: Sequence[str], systems: Sequence[str]
+) -> figures.Figure:
+    """A figure of the ladder (left) and of the systems by sampling steps (right).
+
+    Args:
+      records: of the ablation.
+      rungs: recipes of the ladder, in order.
+      systems: recipes that are compared over the number of steps, besides 'ism'.
+    """
+    distance = summarize(records, 'fd')
+    steps = sorted({record['steps'] for record in records})
+    figure = figures.Figure(figsize=(12, 4.6), layout='constrained')
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    few = [number for number in (1, 4) if number in steps] or steps[:2]
+    for number, color in zip(few, COLORS, strict=False):
+        cells = {x: distance.get((rung, number)) for x, rung in enumerate(rungs)}
+        _draw_line(left, cells, color=color, label=image_grid.step_count(number))
+    left.set_xticks(range(len(rungs)), rungs, rotation=20, ha='right')
+    left.set_title('The ladder: each rung adds one part')
+    for system, color in zip((*systems, 'ism'), COLORS, strict=False):
+        cells = {number: distance.get((system, number)) for number in steps}
+        _draw_line(right, cells, color=color, label=system)
+    right.set_xscale('log', base=2)
+    right.set_xticks(steps, [str(number) for number in steps])
+    right.set_xlabel('sampling steps')
+    right.set_title('The systems')
+    for axes in (left, right):
+        axes.set_yscale('log')
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_minor_formatter('')
+        axes.set_ylabel('Frechet distance (lower is better)')
+        axes.grid(alpha=0.3, which='both')
+        axes.spines[['top', 'right']].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:  # Empty if no such recipe was run.
+            axes.legend(frameon=False)
+    return figure
+
+
+def _draw_line(axes, cells: dict, **style) -> None:
+    """Draws the means with their standard errors; `cells` maps x to a summary."""
+    found = {x: cell for x, cell in cells.items() if cell is not None}
+    if found:
+        mean, error, _ = zip(*found.values(), strict=True)
+        style |= dict(marker='o', capsize=3, lw=1.8)
+        axes.errorbar(list(found), mean, np.nan_to_num(error), **style)

@@ -1,0 +1,52 @@
+"""Cached results in NPZ files: a bad file or a read-only folder is never fatal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+import warnings
+
+import numpy as np
+
+from ism_jax.runtime import files
+
+
+def write(path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays and the key that identifies them; warns if it cannot.
+
+    Args:
+      path: of the file.
+      key: hash of everything that the arrays depend on.
+      arrays: by name; 'key' is reserved.
+    """
+    try:
+        files.write_npz(path, key=np.array(key), **arrays)
+    except OSError as error:
+        warnings.warn(
+            f'{path} cannot be written ({error}) and will be recomputed next time; '
+            'give a folder that is writable',
+            stacklevel=3,
+        )
+
+
+def read(path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None if it is missing, damaged or of another key.
+
+    Warns in the last two cases.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        # Reading a zip archive verifies the checksum of every array.
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        found = str(arrays.pop('key'))
+        problem = '' if found == key else f'its key is {found}'
+    # Damaged bytes surface as many kinds of error: zip, zlib, header, key, value.
+    except Exception as error:  # pylint: disable=broad-exception-caught
+        problem = f'{type(error).__name__}: {error}'
+    if problem:
+        warnings.warn(
+            f'{path} cannot be used ({problem}): it is recomputed and replaced',
+            stacklevel=3,
+        )
+        return None
+    return arrays

@@ -1,0 +1,13 @@
+"""A config file that reads a resolved config, as a run's `config.json` holds it.
+
+python -m ism_jax.train --config ism_jax/resolved_config.py:FOLDER/config.json
+"""
+
+from pathlib import Path
+
+from ism_jax import config
+
+
+def get_config(path: str):
+    """The config of a JSON file that holds the text of `config.to_json`."""
+    return config.from_json(Path(path).read_text())

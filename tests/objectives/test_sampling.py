@@ -1,0 +1,131 @@
+"""Samplers of all objectives: with the ideal network they make the data."""
+
+from ideal_networks import (
+    FLOW,
+    NULL,
+    SHAPE,
+    guided,
+    guided_in_steps,
+    plain,
+    to_the_end,
+    unscaled,
+)
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ism_jax.method import time_grid
+from ism_jax.objectives import (
+    alpha_flow,
+    consistency,
+    flow_matching,
+    imm,
+    ism,
+    meanflow,
+    shortcut,
+)
+
+_ICT = consistency.Objective(NULL)
+_IMM = imm.Objective(NULL)
+
+
+def _sample(objective, network, steps, w=0.0, size=512):
+    """Samples, those of a network 5 % off, the flow's end from the noise, labels."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    noise = jax.random.normal(keys[0], (size, *SHAPE))
+    label = jax.random.randint(keys[1], (size,), 0, NULL)
+    guidance = jnp.full((size,), w)
+    finest = objective.base_steps
+    times = time_grid.times_and_sizes(time_grid.dyadic_schedule(steps, finest), finest)
+    sample = jax.jit(
+        lambda scale: objective.sample(
+            lambda scale, *inputs: scale * network(None, *inputs),
+            scale,
+            noise,
+            label,
+            guidance,
+            *times,
+            keys[2],
+        )
+    )
+    begin, start, end = jnp.full((size,), objective.start_time), noise, 1.0
+    if isinstance(objective, consistency.Objective):
+        start = (1 - objective.start_time) * noise
+        end = 1 / (1 + objective.sigma_min)
+    exact = FLOW.flow_map(start, begin, end - begin, guidance, label)
+    return sample(1.0), sample(1.05), exact, label
+
+
+DETERMINISTIC = {
+    'shortcut': (shortcut.Objective(NULL, guidance=0.5), guided_in_steps(0.5), 0.5),
+    'ism': (ism.Objective(NULL, guidance_interval=0.0), FLOW.apply, 2.0),
+    'meanflow': (meanflow.Objective(NULL, guidance=1.0), guided(1.0), 1.0),
+    'alpha_flow': (alpha_flow.Objective(NULL, guidance=1.0), guided(1.0), 1.0),
+    'imm': (_IMM, unscaled(_IMM), 0.0),
+}
+
+
+@pytest.mark.parametrize('name', DETERMINISTIC)
+@pytest.mark.parametrize('steps', [1, 2, 4])
+def test_samplers_follow_the_exact_map(name, steps):
+    objective, network, w = DETERMINISTIC[name]
+    low, high = objective.guidance_range
+    assert low <= w <= high
+    sample, wrong, exact, _ = _sample(objective, network, steps, w)
+    np.testing.assert_allclose(sample, exact, atol=5e-5)
+    assert np.abs(wrong - exact).max() > 0.02
+
+
+FINEST = {
+    'flow_matching': (flow_matching.Objective, {}, plain, 0.0),
+    'flow_matching guided': (flow_matching.Objective, {}, plain, 1.5),
+    'shortcut': (shortcut.Objective, {'guidance': 0.5}, guided_in_steps(0.5), 0.5),
+    'ism': (ism.Objective, {}, FLOW.apply, 2.0),
+}
+
+
+@pytest.mark.parametrize('name', FINEST)
+def test_finest_steps_converge_to_the_exact_map(name):
+    """First order in the step size; for SM and iSM this is the finest level alone.
+
+    SM does not train a guided velocity: its sampler applies the guidance.
+    """
+    make, options, network, w = FINEST[name]
+    error = {}
+    for steps in (32, 128):
+        if make is not flow_matching.Objective:
+            options = options | {'base_steps': steps}
+        objective = make(num_classes=NULL, **options)
+        sample, _, exact, label = _sample(objective, network, steps, w, size=128)
+        error[steps] = float(jnp.abs(sample - exact).mean())
+    assert 1e-4 < error[128] < 0.05 and 3 < error[32] / error[128] < 5
+    if w:  # Guidance acts.
+        rest = np.asarray(sample) - FLOW.means[label]
+        assert np.mean(rest * FLOW.means[label]) / np.mean(FLOW.means**2) > 0.1
+
+
+STOCHASTIC = {
+    'consistency': (_ICT, to_the_end(_ICT)),
+    'imm restart': (imm.Objective(NULL, sampler='restart'), unscaled(_IMM)),
+}
+
+
+@pytest.mark.parametrize('name', STOCHASTIC)
+@pytest.mark.parametrize('steps', [1, 2, 4])
+def test_stochastic_samplers_reproduce_the_data(name, steps):
+    size = 16384
+    sample, wrong, exact, label = _sample(*STOCHASTIC[name], steps, size=size)
+    distance = np.abs(sample - exact)
+    if steps == 1:  # No noise is added.
+        assert distance.max() < 5e-5
+    else:
+        assert distance.mean() > 0.05
+    sample, wrong = (np.asarray(a) - FLOW.means[label] for a in (sample, wrong))
+    # Shift of each class along its mean, relative to it; chance gives 0.005.
+    shifts = [
+        np.mean(rest * FLOW.means[label]) / np.mean(FLOW.means**2)
+        for rest in (sample, wrong)
+    ]
+    assert abs(shifts[0]) < 0.015 and abs(shifts[1]) > 0.03
+    assert sample.std() == pytest.approx(FLOW.class_std, rel=0.02)

@@ -1,0 +1,173 @@
+"""Every bad value is refused by name, before anything is compiled."""
+
+import importlib.util
+from pathlib import Path
+import types
+
+import pytest
+
+from ism_jax import config as config_lib
+from ism_jax import config_check, experiment
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        ({'train.batch_size': 24}, 'train.batch_size = 24 .* at least 28'),
+        ({'train.batch_size': 30}, 'multiple of 4'),
+        ({'train.batch_size': 48, 'train.accumulate': 2}, 'at least 56'),
+        ({'objective.base_steps': 100}, 'objective.base_steps = 100'),
+        ({'objective.base_steps': 2**17}, 'base_steps = 131072 must be .* to 65536'),
+        ({'model.num_heads': 7}, 'model.num_heads = 7 does not divide'),
+        ({'model.patch_size': 5}, 'model.patch_size = 5 does not divide'),
+        ({'model.dtype': 'float16'}, "model.dtype = 'float16' must be one of"),
+        ({'model.remat': 'some'}, 'model.remat'),
+        ({'wavelet.levels': 6}, 'wavelet.levels = 6'),
+        ({'wavelet.name': 'harr'}, 'did you mean'),
+        ({'wavelet.weighting': '1,2'}, '2 weights'),
+        ({'transport.epsilon': 0.0}, 'transport.epsilon = 0.0 must be a positive'),
+        ({'transport.method': 'exact'}, 'transport.method'),
+        ({'ema.target_decay': 1.0}, r'ema.target_decay = 1.0 must be in \[0, 1\)'),
+        ({'optimizer.learning_rate': float('nan')}, 'optimizer.learning_rate'),
+        ({'optimizer.warmup_steps': 10**7}, 'optimizer.warmup_steps'),
+        ({'optimizer.schedule': 'step'}, 'optimizer.schedule'),
+        (
+            {'sample.steps': (200,)},
+            r'sample.steps = \(200,\): each must lie in 1 .. 128',
+        ),
+        ({'sample.guidance': (4.0,)}, r'sample.guidance = 4.0 must lie in \[0, 3.5\]'),
+        ({'mesh.data': 0}, 'mesh.data = 0'),
+        ({'checkpoint.keep_last': 0}, 'checkpoint.keep_last = 0'),
+        ({'scores.samples': 10}, 'scores.samples = 10'),
+        ({'objective.name': 'flow_matching'}, 'objective_defaults'),
+        ({'objective.name': 'sm'}, "objective.name = 'sm' must be one of"),
+        ({'model.step_embedding': 'log'}, "model.step_embedding = 'log' must be one"),
+        ({'data.classes_per_pool': -1}, 'data.classes_per_pool = -1'),
+        ({'data.autoencoder': 'a/b'}, "data.autoencoder = 'a/b' decodes latents"),
+        (
+            {'data.latent_std': (1.0,)},
+            r'data.latent_std = \(1.0,\) are of latents, but',
+        ),
+        ({'data.source': 'latents:x'}, 'scores.enabled = True, but data.source'),
+    ],
+)
+def test_bad_values_are_refused_by_name(change, message):
+    config = config_lib.default()
+    config_check.validate(config)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        config_check.validate(config)
+
+
+@pytest.mark.parametrize('std', [(), (1.0, 2.0), (1.0, 2.0, 3.0, 0.0)])
+def test_normalisation_of_latents_is_whole(std):
+    path = ROOT / 'configs' / 'imagenet256_imm_xl2.py'
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config_check.validate(config)
+    config.data.latent_std = std
+    with pytest.raises(ValueError, match='must have a number for each .* = 4'):
+        config_check.validate(config)
+
+
+@pytest.mark.parametrize(
+    'name,change,message',
+    [
+        ('shortcut', {'sample.guidance': (0.0,)}, r'lie in \[0.5, 0.5\]'),
+        ('shortcut', {'objective.cfg_levels': 'some'}, "cfg_levels = 'some' must be"),
+        ('shortcut', {'objective.bootstrap_every': 1}, 'bootstrap_every = 1'),
+        ('shortcut', {'train.batch_size': 48}, 'at least 56'),
+        ('consistency', {'sample.guidance': (0.5,)}, r'lie in \[0, 0\]'),
+        ('consistency', {'objective.sigma_min': 90.0}, 'objective.sigma_min = 90.0'),
+        ('imm', {'objective.group_size': 0}, 'objective.group_size = 0'),
+        ('imm', {'train.batch_size': 42}, 'multiple of 4'),
+        ('imm', {'model.step_embedding': 'level'}, 'does not serve objective.name'),
+        ('meanflow', {'objective.batch_split': (4, 0)}, 'objective.batch_split'),
+        ('meanflow', {'objective.norm_eps': 0.0}, 'objective.norm_eps = 0.0'),
+        ('alpha_flow', {'objective.anneal_end': 0.0}, 'objective.anneal_start = 0.0'),
+        ('alpha_flow', {'objective.alpha': 2.0}, 'objective.alpha = 2.0'),
+    ],
+)
+def test_bad_options_of_a_method_are_refused_by_name(name, change, message):
+    config = config_lib.default()
+    config_lib.use_objective(config, name)
+    config_check.validate(config)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        config_check.validate(config)
+
+
+def test_weights_can_be_given_on_the_command_line():
+    config = config_lib.default()
+    config.wavelet.weighting = '1,2,3,4,5,6'
+    config_check.validate(config)
+    assert experiment.parse_weighting('1,2,3.5') == [1, 2, 3.5]
+    assert experiment.parse_weighting('detail') == 'detail'
+
+
+def _resumed(old_change, new_change):
+    old, new = config_lib.default(), config_lib.default()
+    for config, change in ((old, old_change), (new, {**old_change, **new_change})):
+        name = change.get('objective.name', 'ism')
+        config_lib.use_objective(config, name)
+        config.update_from_flattened_dict(change)
+    return config_check.check_resume(old, new, 'runs/a')
+
+
+def test_what_may_change_on_resume_is_reported():
+    assert _resumed({}, {}) == []
+    assert _resumed({}, {'train.steps': 900_000}) == ['train.steps: 800000 -> 900000']
+    with pytest.raises(ValueError, match=r'cannot change: model.depth: 28 -> 29\.'):
+        _resumed({}, {'model.depth': 29})
+    with pytest.raises(ValueError, match='could: train.steps: 800000 -> 800001'):
+        _resumed({}, {'model.depth': 29, 'train.steps': 800_001})
+
+
+@pytest.mark.parametrize(
+    'change,reason',
+    [
+        (
+            {'optimizer.schedule': 'cosine'},
+            r"learning rate \(optimizer.schedule = 'cos",
+        ),
+        ({'optimizer.schedule': 'linear'}, 'learning rate'),
+        ({'objective.name': 'alpha_flow'}, r'curriculum \(alpha_flow\)'),
+        ({'objective.name': 'consistency'}, r'curriculum \(consistency\)'),
+    ],
+)
+def test_the_length_may_not_change_where_training_depends_on_it(change, reason):
+    with pytest.raises(ValueError, match=f'800000 -> 900000 .its {reason}'):
+        _resumed(change, {'train.steps': 900_000})
+    constant = {'objective.name': 'alpha_flow', 'objective.alpha': 0.5}
+    assert _resumed(constant, {'train.steps': 900_000})
+
+
+@pytest.mark.parametrize(
+    'change,devices,processes,message',
+    [
+        ({'mesh.fsdp': 3}, 8, 1, 'mesh.fsdp = 3 does not divide the 8 devices'),
+        ({'mesh.data': 3, 'mesh.fsdp': 2}, 8, 1, 'mesh.data = 3 times mesh.fsdp = 2'),
+        ({'train.batch_size': 36}, 8, 1, '8 devices; choose a multiple of 8'),
+        ({'train.batch_size': 32, 'train.accumulate': 2}, 32, 1, 'a multiple of 64'),
+        ({'train.batch_size': 32}, 1, 3, 'a multiple of the 3 processes'),
+    ],
+)
+def test_devices_that_do_not_fit_are_refused(change, devices, processes, message):
+    config = config_lib.default()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
+        config_check.check_devices(config, devices, processes)
+
+
+def test_grouping_by_class_needs_labels():
+    config = config_lib.default()
+    source = types.SimpleNamespace()
+    config_check.check_source(config, source)
+    config.data.classes_per_pool = 3
+    with pytest.raises(ValueError, match='data.classes_per_pool = 3 needs all labels'):
+        config_check.check_source(config, source)
+    config_check.check_source(config, types.SimpleNamespace(labels=[0]))
