@@ -55,7 +55,7 @@ def _use_recipe(c, recipe: str) -> None:
     if recipe in SYSTEMS:
         config_lib.use_objective(c, recipe, **SYSTEMS[recipe])
         if recipe == 'imm':
-            # The source has 1000. FD in one step: 7.3 with 1, 152 with 1000 (one seed).
+            # The paper has 1000. FD in one step: 7.3 with 1, 152 with 1000 (one seed).
             c.model.time_scale = 1.0
         return
     config_lib.use_rung(c, recipe)

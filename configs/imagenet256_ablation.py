@@ -13,10 +13,10 @@ FID-50K (arXiv 2510.21250) in 1 and 4 steps:
     +sot                   7.97   2.23
     ism                    6.56   2.16
 
-`ism-intrinsic_guidance` and the like are iSM without one part; the paper does not
-report them. We have not run any of these; `configs/ablation.py` is the same ladder for
-two CPU cores. `:+sot,B/2` is a smaller network, `:+sot,runlocal` takes one minute on a
-CPU.
+`ism-intrinsic_guidance` and the other `ism-` rungs are iSM without one part; the paper
+does not report them. We have not run any of these; `configs/ablation.py` is the same
+ladder for two CPU cores. `:+sot,B/2` is a smaller network, `:+sot,runlocal` takes one
+minute on a CPU.
 """
 
 from ism_jax import config as config_lib

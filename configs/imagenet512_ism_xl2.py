@@ -16,6 +16,6 @@ from ism_jax import config as config_lib
 def get_config(arg: str = ''):
     c = config_lib.default()
     config_lib.use_imagenet_latents(c, 512)
-    c.wavelet.levels = 6  # As many as a side of 64 allows, as 5 for a side of 32.
+    c.wavelet.levels = 6  # The maximum for a side of 64, as 5 is for 32.
     c.train.steps = 300_000
     return config_lib.with_argument(c, arg)

@@ -3,7 +3,7 @@
     python -m ism_jax.ablation --config configs/ablation.py --out results/ladder.json
 
 Trains and scores every recipe of the config file (its `RECIPES`) with every seed, each
-in processes of its own. If a run fails, it is reported and the others continue. The
+in separate processes. If a run fails, it is reported and the others continue. The
 same command resumes: finished runs are kept, unfinished ones resume from their last
 checkpoint.
 
@@ -16,7 +16,7 @@ The scores are the Frechet distance and accuracy by the small classifier of
 `ism_jax.train`. If a method offers a range of guidance scales, each number of steps up
 to 8 uses the scale of `sample.guidance` with the lowest Frechet distance on a separate
 set of samples; more steps use the scale of the last of these. The score is then
-computed with other noise.
+computed with different noise.
 
 Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot (`.png`)
 beside it. `--summary` only rewrites the table and the plot.
@@ -46,7 +46,7 @@ from ism_jax.evaluation.sample_scorer import SampleScorer
 from ism_jax.experiment import make_source
 from ism_jax.runtime import command_line, files, provenance
 
-# The largest number of steps with a guidance scale of its own.
+# The largest number of steps with its own guidance scale.
 MAX_STEPS_WITH_CHOICE = 8
 # Added to a run's seed for the noise of the samples that choose the guidance scale.
 CHOICE_SEED = 10_000
@@ -80,10 +80,10 @@ def resolve(module, recipe: str, changes: Sequence[str], seed: int):
       module: from `load_config_file`.
       recipe: such as 'ism/transport.epsilon=0.02'.
       changes: 'field=value', for every recipe.
-      seed: of the run.
+      seed: seed of the run.
 
     Raises:
-      ValueError: an unknown recipe or field, or a config that cannot work.
+      ValueError: an unknown recipe or field, or an invalid config.
     """
     name, *own = recipe.split('/')
     config = module.get_config(name)
@@ -106,7 +106,7 @@ def run_all(
     parallel: int,
     log=print,
 ) -> dict[str, str]:
-    """Runs what is not finished; updates `out` after each run.
+    """Runs all unfinished runs; updates `out` after each.
 
     Seeds are the outer loop, so that a table of all recipes is complete early.
 
@@ -177,7 +177,7 @@ def finished_records(workdir: Path, run: Run, text: str) -> list[dict] | None:
 
 def prepare_folder(folder: Path, text: str) -> None:
     """Writes the config of a run that is not finished."""
-    # Records of another config would count as those of this one.
+    # Otherwise records of another config would count as those of this one.
     (folder / 'records.json').unlink(missing_ok=True)
     files.write_bytes(folder / 'config.json', text.encode())
 
@@ -221,7 +221,7 @@ def run_processes(
 
 
 def pin_thread(slots: Iterator[int], parallel: int) -> None:
-    """Gives this thread, and the processes that it starts, its share of the cores."""
+    """Pins this thread, and the processes that it starts, to its share of the cores."""
     if parallel > 1 and hasattr(os, 'sched_setaffinity'):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[next(slots) % len(cores) :: parallel])
@@ -231,7 +231,7 @@ def run_recipe(folder: Path) -> tuple[list[dict], str, float]:
     """Trains and scores the run of a folder, each in a process.
 
     Args:
-      folder: of the run, with its config in `config.json`.
+      folder: folder of the run, with its config in `config.json`.
 
     Returns:
       Records, an error in one line or '', and minutes.
@@ -252,7 +252,7 @@ def run_process(folder: Path, module: str, *options: str) -> str:
     """Runs a command; appends to the folder's log and returns its error or ''."""
     log = folder / 'log.txt'
     environment = {
-        # Seeds of a recipe compile the same programs.
+        # Runs of a recipe with other seeds compile the same programs.
         'JAX_COMPILATION_CACHE_DIR': str(folder.parent / 'compiled'),
         # Otherwise an error could precede earlier output in the log.
         'PYTHONUNBUFFERED': '1',
@@ -313,7 +313,7 @@ def score(
       steps: numbers of sampling steps.
       guidance: guidance scales w to choose from; see the module for the rule.
       samples: number of samples of each score.
-      seed: of the run.
+      seed: seed of the run.
 
     Returns:
       Records, where `chosen_from` maps guidance scales to Frechet distances.
@@ -405,7 +405,7 @@ def run_flags() -> None:
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_string('config', 'configs/ablation.py', 'Config file with RECIPES.')
-    flags.DEFINE_list('recipes', [], 'Recipes; all of the config file by default.')
+    flags.DEFINE_list('recipes', [], 'Recipes; all in the config file by default.')
     flags.DEFINE_string('seeds', '0,1,2', 'Seeds of each recipe.')
     flags.DEFINE_multi_string('set', [], 'field=value, for every recipe.')
     flags.DEFINE_string('workdir', 'runs/ablation', 'Folder of the runs.')
@@ -415,5 +415,5 @@ if __name__ == '__main__':
     )
     flags.DEFINE_bool('summary', False, 'Only rewrite the table and the plot.')
     flags.DEFINE_string('run_folder', '', 'Only score this trained run (internal).')
-    flags.DEFINE_float('train_minutes', 0.0, 'Of that run (internal).')
+    flags.DEFINE_float('train_minutes', 0.0, 'Training time of that run (internal).')
     command_line.run(run_flags)

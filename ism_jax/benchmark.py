@@ -43,7 +43,7 @@ DATA_FIELDS = ('seed', 'train.batch_size', 'transport.batches', 'transport.enabl
 def take_turns(
     candidates: dict[str, Callable[[], Any]], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after one call that is not counted."""
+    """Seconds of each candidate in each round, after one untimed call."""
     for run in candidates.values():
         jax.block_until_ready(run())
     seconds = {name: [] for name in candidates}
@@ -59,7 +59,7 @@ def measure(config, rounds: int, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Times a config.
 
     Args:
-      config: of a training.
+      config: config of a run.
       rounds: times that each candidate is timed.
       changes: 'field=value'; the train step with each change is timed too.
 
@@ -130,7 +130,7 @@ def variant(experiment: Experiment, config) -> Experiment:
 
 
 def compile_step(experiment: Experiment, pool):
-    """The train step as a function without arguments, which keeps its state.
+    """The train step as a function without arguments that keeps its state.
 
     Returns:
       The function, the seconds that it took to compile, and its bytes per device, or
@@ -217,7 +217,7 @@ def parts_of_a_pool(
 ) -> dict[str, Callable]:
     """Transport and input of a pool, each as a function without arguments.
 
-    `loader` reads pools ahead, as in a training; `seeking_loader` skips what it reads
+    `loader` reads pools ahead, as in training; `seeking_loader` skips what it reads
     ahead.
     """
     candidates = {}
@@ -261,7 +261,7 @@ def sampling(experiment: Experiment, params) -> dict[str, Callable]:
 
 
 def matrix_product(dtype: str) -> tuple[Callable, int]:
-    """A product of large matrices on one device, and its operations."""
+    """A product of large matrices on one device, and its FLOPs."""
     side = 2048 if jax.default_backend() == 'cpu' else 8192
     a = jax.random.normal(jax.random.key(0), (side, side), dtype)
     return functools.partial(jax.jit(jnp.matmul), a, a), 2 * side**3
@@ -285,7 +285,7 @@ def report(
     }
     first = seconds['train step']
     rows = [row(name, values, first) for name, values in seconds.items()]
-    # A teacher has no step of its own, so that only the difference can be measured.
+    # The teacher cannot be timed alone, so the difference measures it.
     flow_matching = 'gradient of flow matching'
     teacher = seconds['gradient of the loss'] - seconds[flow_matching]
     index = list(seconds).index(flow_matching) + 1
@@ -327,7 +327,7 @@ def measure_networks(
     Args:
       image_size: side of the images.
       batch_size: images per call.
-      dtype: of the autoencoder's computation; the others compute in float32.
+      dtype: dtype of the autoencoder's computation; the others compute in float32.
       rounds: times that each network is timed.
 
     Returns:
@@ -414,7 +414,7 @@ def run_flags() -> None:
         records = measure(FLAGS.config, FLAGS.rounds, FLAGS.change)
         print(format_measured(records))
     else:
-        raise ValueError('give --config to time a training, or --networks')
+        raise ValueError('give --config to time a run, or --networks')
     if out:
         about = {'hardware': provenance.hardware(), 'jax': jax.__version__}
         about |= {'commit': provenance.commit(), 'rounds': FLAGS.rounds}
@@ -431,9 +431,9 @@ if __name__ == '__main__':
         'change', [], "'field=value': also times the train step with this change."
     )
     flags.DEFINE_bool('networks', False, 'Time the frozen networks instead.')
-    flags.DEFINE_integer('image_size', 256, 'Of --networks.', lower_bound=8)
-    flags.DEFINE_integer('batch_size', 8, 'Of --networks.', lower_bound=1)
+    flags.DEFINE_integer('image_size', 256, 'Side for --networks.', lower_bound=8)
+    flags.DEFINE_integer('batch_size', 8, 'Batch for --networks.', lower_bound=1)
     flags.DEFINE_enum(
-        'dtype', 'float32', ('float32', 'bfloat16'), "Of the autoencoder's computation."
+        'dtype', 'float32', ('float32', 'bfloat16'), 'Dtype of the autoencoder.'
     )
     command_line.run(run_flags)

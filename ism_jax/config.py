@@ -1,8 +1,8 @@
 """The configuration: every field with its default and meaning, and presets.
 
-A config file (`configs/*.py`) starts from `default()`, changes what it is about and
-says in its docstring what running it should give. `python -m ism_jax.train
---help=config` prints the fields; `ism_jax.config_check` holds what values are allowed.
+A config file (`configs/*.py`) starts from `default()`, changes some fields and states
+the expected result in its docstring. `python -m ism_jax.train
+--help=config` prints the fields; `ism_jax.config_check` has the allowed values.
 """
 
 import ast
@@ -16,100 +16,105 @@ from ism_jax import objectives
 from ism_jax.method import wavelet
 from ism_jax.models import sit
 
-# Field -> (default, meaning). The paper's method where it is stated, and our choices
-# where it is not: these say "open". Figures beside a choice are Frechet distances in
-# 1 / 4 steps where this choice alone was changed in `configs/ablation.py:ism`, which
-# has 20.6 / 9.6 with the values given here (`results/choices.json`,
-# `results/ladder.json`; standard errors are about 1.5 / 0.8, so that most choices do
-# not matter there). The options of `objective` are in `ism_jax/objectives/`.
+_XL2 = sit.preset('XL/2')
+
+# Field -> (default, meaning). Defaults are the paper's; where the paper leaves a choice
+# open, the meaning says "open". A comment then has the Frechet distances in 1 / 4 steps
+# of `configs/ablation.py:ism` with other values; the defaults have 20.6 / 9.6
+# (`results/choices.json`, `results/ladder.json`; standard errors are about 1.5 / 0.8, so
+# most choices do not matter there). The options of `objective` are in
+# `ism_jax/objectives/`.
 # fmt: off
 FIELDS: dict[str, tuple[Any, str]] = {
-    'seed': (0, 'of everything random'),
+    'seed': (0, 'random seed of the run'),
 
     'data.source': ('mnist', "'mnist', 'fashion_mnist', 'tfds:NAME', 'folder:PATH' or 'latents:PATH'"),
     'data.dir': ('', "folder of the source's files; '' for the source's default"),
-    'data.image_size': (32, 'side of the images or latents'),
+    'data.image_size': (32, 'side of the images or latents, in pixels'),
     'data.channels': (1, '1 (grey), 3 (RGB), or the channels of the latents'),
     'data.flip': (False, 'random horizontal flips'),
-    'data.on_corrupt': ('error', "'error' stops at an unreadable image, 'skip' replaces it by the next"),
-    'data.classes_per_pool': (0, 'classes that share a transport pool, about; 0 for no grouping'),
+    'data.on_corrupt': ('error', "'error' stops at an unreadable image, 'skip' replaces it with the next"),
+    'data.classes_per_pool': (0, 'approximate number of classes per transport pool; 0 mixes all classes'),
     'data.autoencoder': ('', "decodes latents: folder, safetensors file or hub id; '' for none"),
-    'data.latent_mean': ((), "per channel, latents are (x - mean) / std; () for the autoencoder's scale"),
-    'data.latent_std': ((), 'see latent_mean'),
-    'data.num_threads': (2, 'threads that read images'),
-    'data.prefetch': (2, 'pools read ahead'),
-    'data.retry_seconds': (60.0, 'how long a read that the file system refuses is retried'),
+    'data.latent_mean': ((), "mean per channel, for (latent - mean) / std; () for the autoencoder's scale"),
+    'data.latent_std': ((), 'standard deviation per channel; see latent_mean'),
+    'data.num_threads': (2, 'number of threads that read images'),
+    'data.prefetch': (2, 'number of pools read ahead'),
+    'data.retry_seconds': (60.0, 'how long to retry an image that the file system cannot read'),
 
-    **{f'model.{name}': (value, 'SiT, as in XL/2') for name, value in sit.preset('XL/2').items()},
-    'model.mlp_ratio': (4.0, 'hidden width of the MLPs over hidden_size'),
-    'model.dtype': ('float32', "of the computation, or 'bfloat16'; parameters are float32"),
-    'model.remat': ('none', "what the backward pass keeps: 'none' recomputes nothing, 'dots', 'full'"),
-    'model.attention': ('auto', "'auto', 'xla' or 'cudnn'"),
+    'model.hidden_size': (_XL2['hidden_size'], 'width of the transformer; the sizes are those of SiT-XL/2'),
+    'model.depth': (_XL2['depth'], 'number of transformer blocks'),
+    'model.num_heads': (_XL2['num_heads'], 'attention heads per block'),
+    'model.patch_size': (_XL2['patch_size'], 'side of a patch, in pixels of the image or latent'),
+    'model.mlp_ratio': (4.0, 'hidden width of the MLPs divided by hidden_size'),
+    'model.dtype': ('float32', "dtype of the computation, 'float32' or 'bfloat16'; parameters are float32"),
+    'model.remat': ('none', "rematerialisation: 'none', 'dots' keeps matrix products, 'full' recomputes all"),
+    'model.attention': ('auto', "attention kernel: 'auto', 'xla' or 'cudnn'"),
     'model.unroll': (1, 'layers per iteration of the scan over layers'),
-    'model.step_embedding': ('level', "'level' for dyadic step sizes, 'size' for any"),
-    'model.time_scale': (1000.0, 'times are multiplied by it before their sinusoids'),
+    'model.step_embedding': ('level', "embedding of the step size: 'level' for powers of two, 'size' for any"),
+    'model.time_scale': (1000.0, 'factor on t and d before their sinusoids'),
 
-    'wavelet.enabled': (True, 'False for squared error'),
-    'wavelet.name': ('haar', 'open: any discrete wavelet of PyWavelets'),
-    'wavelet.levels': (5, 'of the transform'),
+    'wavelet.enabled': (True, 'wavelet distance in the loss; False for squared error'),
+    'wavelet.name': ('haar', 'open: a discrete wavelet of PyWavelets'),
+    'wavelet.levels': (5, 'number of levels of the wavelet transform'),
     # equal_variance 21.7 / 9.8, nested 22.5 / 11.9, orthonormal_mean 59 / 33; squared
     # error 19.1 / 9.2.
-    'wavelet.weighting': (wavelet.DEFAULT_WEIGHTING, "open: a name, or weights 'a,b,...'"),
+    'wavelet.weighting': (wavelet.DEFAULT_WEIGHTING, "open: name of a weighting of the bands, or weights 'a,b,...'"),
 
-    'transport.enabled': (True, 'scaling optimal transport'),
-    'transport.batches': (32, 'K: a pool is K batches'),
-    'transport.method': ('permutation', "or 'row_sampling'"),
+    'transport.enabled': (True, 'pair noise and data by scaling optimal transport'),
+    'transport.batches': (32, 'K, number of batches per pool'),
+    'transport.method': ('permutation', "rounding of the transport plan: 'permutation' or 'row_sampling'"),
     # False 39.4 / 20.4 (docs/results.md on its skew); no transport 25.2 / 11.4.
-    'transport.per_class': (True, 'open: one coupling per class'),
+    'transport.per_class': (True, 'open: couple each class separately'),
     # 0.02: 21.1 / 9.9, 0.5: 22.9 / 10.6.
-    'transport.epsilon': (0.1, 'open: entropic regularisation in standard deviations of the cost'),
-    'transport.max_iterations': (200, 'of Sinkhorn'),
-    'transport.tolerance': (0.05, 'L1 error of the marginals, which sum to 1'),
+    'transport.epsilon': (0.1, 'open: entropic regularisation, in standard deviations of the cost'),
+    'transport.max_iterations': (200, 'largest number of Sinkhorn iterations'),
+    'transport.tolerance': (0.05, 'L1 error of the marginals at which Sinkhorn stops; they sum to 1'),
 
-    'ema.twin': (True, 'False: the inference EMA makes the targets too'),
+    'ema.twin': (True, 'separate target EMA; False uses the inference EMA for targets'),
     # 0.99: 22.8 / 12.0, 0.999: 437 / 431 (self-consistency is not learned).
-    'ema.target_decay': (0.95, 'of the target EMA'),
-    'ema.infer_decay': (0.9999, 'of the inference EMA'),
-    'ema.warmup': (True, 'of the inference EMA'),
+    'ema.target_decay': (0.95, 'decay of the target EMA'),
+    'ema.infer_decay': (0.9999, 'decay of the inference EMA'),
+    'ema.warmup': (True, 'start the inference EMA with smaller decays'),
 
-    # AdamW; open, the habit of SiT and SM.
-    'optimizer.learning_rate': (1e-4, 'peak of the schedule'),
-    'optimizer.schedule': ('constant', "after the warm-up: 'constant', 'cosine' or 'linear'"),
-    'optimizer.warmup_steps': (0, 'of a linear warm-up'),
-    'optimizer.b1': (0.9, 'of AdamW'),
-    'optimizer.b2': (0.999, 'of AdamW'),
-    'optimizer.eps': (1e-8, 'of AdamW'),
-    'optimizer.weight_decay': (0.0, 'of matrices'),
+    # Open in the paper; as in SiT and SM.
+    'optimizer.learning_rate': (1e-4, 'peak learning rate'),
+    'optimizer.schedule': ('constant', "learning rate after the warm-up: 'constant', 'cosine' or 'linear'"),
+    'optimizer.warmup_steps': (0, 'steps of linear learning-rate warm-up'),
+    'optimizer.b1': (0.9, 'beta_1 of AdamW'),
+    'optimizer.b2': (0.999, 'beta_2 of AdamW'),
+    'optimizer.eps': (1e-8, 'epsilon of AdamW'),
+    'optimizer.weight_decay': (0.0, 'weight decay of AdamW, on matrices only'),
     'optimizer.clip_norm': (0.0, 'global norm at which gradients are clipped; 0 for no clipping'),
 
-    'train.steps': (800_000, 'optimizer steps'),
-    'train.init_from': ('', "a folder of ism_jax.convert to start from; '' for none"),
-    'train.batch_size': (256, 'global, over all devices and processes'),
-    'train.accumulate': (1, 'equal parts of a batch whose gradients are averaged'),
+    'train.steps': (800_000, 'number of training steps'),
+    'train.init_from': ('', "start from this folder, written by ism_jax.convert; '' for none"),
+    'train.batch_size': (256, 'global batch size, over all devices and processes'),
+    'train.accumulate': (1, 'gradient accumulation: number of equal parts of a batch'),
     'train.max_skipped_in_row': (10, 'non-finite steps in a row before the run stops'),
-    'train.stuck_after_seconds': (1200.0, 'a longer step is reported with all stacks; 0 for never'),
+    'train.stuck_after_seconds': (1200.0, 'print all stacks if a step takes longer; 0 for never'),
 
-    'mesh.data': (-1, 'devices that split the batch; -1 for all that fsdp leaves'),
-    'mesh.fsdp': (1, 'devices that also split parameters, optimizer state and EMAs'),
+    'mesh.data': (-1, 'number of devices that split the batch; -1 for all that fsdp leaves'),
+    'mesh.fsdp': (1, 'number of devices that also split parameters, optimizer state and EMAs'),
 
-    'log.every': (100, 'steps between scalars'),
+    'log.every': (100, 'steps between logs of scalars'),
     'log.parameters': (True, 'print a table of all parameters at the start'),
     'log.grid_every': (10_000, 'steps between grids of samples; 0 for none'),
-    'log.grid_columns': (10, 'of a grid'),
-    'log.grid_steps': ((1, 4), 'sampling steps, a grid for each'),
+    'log.grid_columns': (10, 'columns of a grid'),
+    'log.grid_steps': ((1, 4), 'numbers of sampling steps, one grid for each'),
     'log.grid_guidance': (1.0, 'guidance scale w of the grids'),
 
     'checkpoint.every': (10_000, 'steps between checkpoints'),
-    'checkpoint.keep_last': (2, 'latest checkpoints kept'),
-    'checkpoint.keep_best': (1, 'checkpoints with the lowest score kept besides'),
+    'checkpoint.keep_last': (2, 'number of latest checkpoints to keep'),
+    'checkpoint.keep_best': (1, 'number of checkpoints with the lowest score to keep as well'),
 
-    'sample.steps': ((1, 2, 4, 8, 128), 'sampling steps that are scored'),
-    'sample.guidance': ((0.0, 1.0, 2.5), 'guidance scales w that are scored'),
-    'sample.batch_size': (100, 'of grids and scores'),
+    'sample.steps': ((1, 2, 4, 8, 128), 'numbers of sampling steps to sample and score'),
+    'sample.guidance': ((0.0, 1.0, 2.5), 'guidance scales w to sample and score'),
+    'sample.batch_size': (100, 'samples per batch in grids and scores'),
 
-    'scores.enabled': (True, "small classifier's Frechet distance and accuracy after training"),
-    'scores.samples': (1000, 'per pair of steps and w'),
-    'scores.checkpoint_samples': (0, 'samples in 4 steps that rank a checkpoint; 0 ranks by loss'),
+    'scores.enabled': (True, "score samples by a small classifier after training"),
+    'scores.samples': (1000, 'number of samples per pair of steps and w'),
+    'scores.checkpoint_samples': (0, 'samples (in 4 steps) whose score ranks a checkpoint; 0 ranks by loss'),
 }
 # fmt: on
 
@@ -135,8 +140,8 @@ def use_objective(config, name: str, **options) -> None:
     """Makes `config` train another method; options not given have their defaults.
 
     The parts that belong to iSM (wavelet distance, transport, twin EMA) are switched
-    off, the network is conditioned on the step size as the method needs it, and
-    sampling asks for guidance scales that the method offers.
+    off, the network is conditioned on the step size as the method needs, and the
+    guidance scales for sampling are clipped to the method's range.
     """
     config.objective = objective_defaults(name)
     config.objective.update(options)
@@ -151,7 +156,7 @@ def use_objective(config, name: str, **options) -> None:
     config.log.grid_guidance = clip(config.log.grid_guidance)
 
 
-# The rows of the paper's ablation after `sm`, each the row before and one part more.
+# The rows of the paper's ablation after `sm`, each with one more part.
 PARTS = {
     '+intrinsic_guidance': 'intrinsic_guidance',
     '+interval': 'interval',
@@ -160,19 +165,19 @@ PARTS = {
     'ism': 'twin_ema',
 }
 RUNGS = ('sm', *PARTS)
-# Full iSM without one part. Without intrinsic guidance it trains SM's loss.
+# Full iSM without one part. Without intrinsic guidance, the loss is that of SM.
 REMOVALS = tuple(f'ism-{part}' for part in PARTS.values())
 
 
 def use_rung(config, rung: str) -> None:
-    """Makes `config`, of iSM, train a rung of the ladder or a removal.
+    """Makes an iSM config train a rung of the ladder or a removal.
 
     Args:
       config: changed in place.
       rung: one of `RUNGS` or `REMOVALS`.
 
     Raises:
-      ValueError: another name.
+      ValueError: an unknown name.
     """
     if rung not in (*RUNGS, *REMOVALS):
         raise ValueError(
@@ -196,7 +201,7 @@ def use_rung(config, rung: str) -> None:
 
 
 def use_imagenet_latents(config, image_size: int) -> None:
-    """Sets `config` to latents of ImageNet by sd-vae-ft-mse, and to an accelerator."""
+    """Sets `config` to ImageNet latents of sd-vae-ft-mse, on an accelerator."""
     config.data.update(
         source=f'latents:/data/imagenet{image_size}',
         image_size=image_size // 8,
@@ -204,8 +209,8 @@ def use_imagenet_latents(config, image_size: int) -> None:
         flip=True,
         autoencoder='stabilityai/sd-vae-ft-mse',
         num_threads=8,
-        # A pool of 8,192 would hold eight images of a class, too few for a coupling
-        # within classes; so it has about 128 of each of 64 classes.
+        # A pool of 8,192 from all classes would hold eight images per class, too few to
+        # couple within classes; 64 classes give about 128 each.
         classes_per_pool=64,
     )
     config.model.update(dtype='bfloat16', remat='dots')
@@ -215,12 +220,12 @@ def use_imagenet_latents(config, image_size: int) -> None:
 def with_argument(config, argument: str) -> ml_collections.ConfigDict:
     """Applies the argument of `configs/x.py:argument`, several joined by commas.
 
-    The name of a method trains that method (`use_objective`), that of a size, such as
-    'B/2', another network. 'runlocal' keeps the method and shrinks the rest to a minute
+    The name of a method selects the method (`use_objective`), that of a size, such as
+    'B/2', the size of the network. 'runlocal' keeps the method and shrinks the rest to a minute
     on one CPU, with the digits that come with the installation.
 
     Raises:
-      ValueError: another argument.
+      ValueError: an unknown argument.
     """
     for part in filter(None, argument.split(',')):
         if part == 'runlocal':
@@ -232,7 +237,7 @@ def with_argument(config, argument: str) -> ml_collections.ConfigDict:
         else:
             raise ValueError(
                 f"config argument {part!r} is unknown; use 'runlocal', a method "
-                f'({", ".join(objectives.names())}) or a size of the network '
+                f'({", ".join(objectives.names())}) or a network size '
                 f'({", ".join(sit.PRESETS)})'
             )
     return config
@@ -271,7 +276,7 @@ def _shrink(config) -> None:
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Dotted name -> value, of every field."""
+    """Every field as dotted name -> value."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
@@ -294,7 +299,7 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def from_dict(content: dict[str, Any]) -> ml_collections.ConfigDict:
     """Inverse of `to_dict`; lists become tuples, as configs are written.
 
-    Fields that an older version did not have get their defaults, which do what it did.
+    Fields missing in an older config get their defaults, which reproduce its behaviour.
     """
 
     def restore(value):

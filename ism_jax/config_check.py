@@ -1,7 +1,7 @@
-"""What values a config may have: all validation, once, before anything is compiled.
+"""Validates a config, once, before anything is compiled.
 
 `validate` needs the config alone. `check_devices`, `check_source` and `check_resume`
-compare it with the machine, the data and the run that it continues. Each raises one
+compare it with the machine, the data and the run that it resumes. Each raises one
 ValueError that names the field, its value, what is allowed and what to do.
 """
 
@@ -76,7 +76,7 @@ RULES = {
     'train.max_skipped_in_row': _at_least(1),
     'train.stuck_after_seconds': _at_least(0),
     'mesh.data': (
-        'at least 1, or -1 for all devices left',
+        'at least 1, or -1 for all devices that fsdp leaves',
         lambda v: v >= 1 or v == -1,
     ),
     'mesh.fsdp': _at_least(1),
@@ -90,7 +90,7 @@ RULES = {
     'scores.checkpoint_samples': _at_least(0),
 }
 
-# The same for the options of objectives; one that several methods have means the same.
+# The same for the options of objectives; methods that share an option share its rule.
 OPTION_RULES = {
     'label_dropout': _FRACTION,
     'base_steps': _POWER_OF_TWO,
@@ -118,17 +118,14 @@ OPTION_RULES = {
     'norm_eps': _POSITIVE,
     'anneal_rate': ('above 0 and finite; 25 is usual', lambda v: 0 < v < math.inf),
     'alpha_margin': ('in [0, 0.5)', lambda v: 0 <= v < 0.5),
-    'alpha': (
-        'in [0, 1], or -1 for the annealed one',
-        lambda v: v == -1 or 0 <= v <= 1,
-    ),
+    'alpha': ('in [0, 1], or -1 to anneal it', lambda v: v == -1 or 0 <= v <= 1),
     'direction': _one_of('data', 'network'),
     'log_std': _POSITIVE,
 }
 
 
 def validate(config) -> None:
-    """Refuses a config that could not work, by the first field that is wrong.
+    """Raises for the first invalid field of a config.
 
     Raises:
       ValueError: naming the field, the value, what is allowed and what to do.
@@ -143,7 +140,7 @@ def _refuse(problems: Iterator[str]) -> None:
 
 
 def _problems(c) -> Iterator[str]:
-    """Problems in words; each relies on those before being absent."""
+    """Yields problems in words; each check assumes that the previous ones passed."""
     flat = config_lib.flatten(c)
     for name, value in flat.items():
         for part in value if isinstance(value, tuple) else (value,):
@@ -206,8 +203,8 @@ def _option_problems(options) -> Iterator[str]:
         split = options.batch_split
         if len(split) != 2 or any(s != int(s) or s < 0 for s in split) or not split[1]:
             yield (
-                f'objective.batch_split = {split} must be two whole numbers: samples '
-                'with d = 0 and, at least 1, with a step; (3, 1) is usual'
+                f'objective.batch_split = {split} must be two integers: the shares of '
+                'samples with d = 0 and, at least 1, with d > 0; (3, 1) is usual'
             )
         if not 0 <= options.guidance_start <= options.guidance_end <= 1:
             yield (
@@ -245,7 +242,7 @@ def _ism_problems(options) -> Iterator[str]:
             )
     if any(share != int(share) for share in options.batch_split):
         yield (
-            f'objective.batch_split = {options.batch_split} must be whole numbers, '
+            f'objective.batch_split = {options.batch_split} must be integers, '
             'such as (2, 1, 1) for a half and two quarters'
         )
     step = options.guidance_step
@@ -278,7 +275,7 @@ def _model_problems(c) -> Iterator[str]:
     if c.model.mlp_ratio * c.model.hidden_size < 1:
         yield (
             f'model.mlp_ratio = {c.model.mlp_ratio} of model.hidden_size = '
-            f'{c.model.hidden_size} leaves nothing; 4.0 is usual'
+            f'{c.model.hidden_size} gives MLPs of width 0; 4.0 is usual'
         )
 
 
@@ -317,7 +314,7 @@ def _data_problems(c) -> Iterator[str]:
     if not len(mean) == len(std) == c.data.channels or not min(std) > 0:
         yield (
             f'{given} must have a number for each of the data.channels = '
-            f'{c.data.channels}, the latter above 0; the manifest of the latents has '
+            f'{c.data.channels}, std above 0; the manifest of the latents has '
             'them as channel_mean and channel_std'
         )
 
@@ -326,10 +323,10 @@ def _objective_problems(c, objective) -> Iterator[str]:
     needed = objective.model_options.get('step_embedding', c.model.step_embedding)
     if c.model.step_embedding != needed:
         yield (
-            f'model.step_embedding = {c.model.step_embedding!r} does not serve '
+            f'model.step_embedding = {c.model.step_embedding!r} does not fit '
             f'objective.name = {c.objective.name!r}; set it to {needed!r}'
         )
-    # The official shortcut-models code lets these pass in silence.
+    # The official shortcut-models code accepts these silently.
     size, parts = c.train.batch_size, c.train.accumulate
     multiple = objective.batch_multiple * parts
     smallest = objective.min_batch * parts
@@ -342,8 +339,8 @@ def _objective_problems(c, objective) -> Iterator[str]:
         )
     if size % multiple:
         yield (
-            f'{given} must be a multiple of {multiple}, so that it splits exactly as '
-            f'the objective asks; choose {max(smallest, size // multiple * multiple)} '
+            f'{given} must be a multiple of {multiple}, so that it splits into exact '
+            f'shares; choose {max(smallest, size // multiple * multiple)} '
             f'or {(size // multiple + 1) * multiple}'
         )
 
@@ -399,7 +396,7 @@ def _guidance_problems(name: str, values, guidance_range) -> Iterator[str]:
 
 
 def check_guidance(objective, values) -> None:
-    """Refuses guidance scales that the method does not offer, such as of a flag.
+    """Rejects guidance scales that the method does not offer, such as those of a flag.
 
     Raises:
       ValueError: naming the value and the range.
@@ -408,14 +405,14 @@ def check_guidance(objective, values) -> None:
 
 
 def check_schedule(steps, base_steps: int) -> tuple[float, ...]:
-    """The step sizes of a number of steps, or of explicit ones, as a user gave them.
+    """The step sizes of a schedule as a user gave it.
 
     Args:
       steps: a number of steps, or step sizes that sum to 1.
-      base_steps: 1 / the smallest step size that the network was trained for.
+      base_steps: 1 / the finest step size that the network was trained for.
 
     Raises:
-      ValueError: what the network was not trained for.
+      ValueError: the network was not trained for this schedule.
     """
     if isinstance(steps, int):
         return time_grid.dyadic_schedule(steps, base_steps)
@@ -424,10 +421,10 @@ def check_schedule(steps, base_steps: int) -> tuple[float, ...]:
 
 
 def check_devices(config, device_count: int, process_count: int) -> None:
-    """Refuses a mesh or a batch that the devices and processes do not divide.
+    """Rejects a mesh or a batch that does not divide evenly.
 
     Raises:
-      ValueError: naming the field and what divides.
+      ValueError: naming the field and the numbers.
     """
     _refuse(_device_problems(config, device_count, process_count))
 
@@ -442,7 +439,7 @@ def _device_problems(c, device_count, process_count) -> Iterator[str]:
     if data != -1 and data * fsdp != device_count:
         yield (
             f'mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices '
-            f'{device_count}; set mesh.data = -1 to take what is left'
+            f'{device_count}; set mesh.data = -1 to use all that fsdp leaves'
         )
     size, parts = c.train.batch_size, c.train.accumulate
     if size // parts % device_count:
@@ -459,20 +456,20 @@ def _device_problems(c, device_count, process_count) -> Iterator[str]:
 
 
 def check_source(config, source) -> None:
-    """Refuses fields that the opened data source cannot serve.
+    """Rejects fields that the opened data source does not support.
 
     Raises:
       ValueError: naming the field.
     """
     if config.data.classes_per_pool and not hasattr(source, 'labels'):
         raise ValueError(
-            f'data.classes_per_pool = {config.data.classes_per_pool} needs all labels '
-            f'before the images, and {source!r} has none; prepare latents, use a '
-            'folder or set it to 0'
+            f'data.classes_per_pool = {config.data.classes_per_pool} needs the labels '
+            f'before the images are read, and {source!r} has none; prepare latents, '
+            'use a folder or set it to 0'
         )
 
 
-# What may differ when a run is resumed: its length and what it reports.
+# Fields that may change when a run resumes: its length and what it reports.
 RESUMABLE = (
     'train.steps',
     'train.max_skipped_in_row',
@@ -500,12 +497,12 @@ def check_resume(old, new, workdir) -> list[str]:
     Args:
       old: the config that the run in `workdir` was started with.
       new: the config to resume it with.
-      workdir: for the message.
+      workdir: folder of the run, for the message.
 
     Raises:
       ValueError: a changed field that would make it another run. `train.steps` is one
-        where a curriculum or a decaying learning rate depends on it: what training has
-        passed would be passed again.
+        if a curriculum or a decaying learning rate depends on it: the finished steps
+        would have had other values.
     """
     old_fields, new_fields = config_lib.flatten(old), config_lib.flatten(new)
     allowed, refused = [], []
@@ -522,9 +519,9 @@ def check_resume(old, new, workdir) -> list[str]:
         (allowed if free else refused).append(line)
     if refused:
         raise ValueError(
-            f'{workdir} holds a run of another config; these fields cannot change: '
+            f'{workdir} holds a run with another config; these fields cannot change: '
             + '; '.join(refused)
-            + (f'. These could: {"; ".join(allowed)}' if allowed else '')
+            + (f'. These may change: {"; ".join(allowed)}' if allowed else '')
             + '. Set them back or give a new --workdir'
         )
     return allowed

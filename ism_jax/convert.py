@@ -8,14 +8,14 @@ r"""Converts checkpoints of other projects, and exports our runs, to portable fo
 
 Each command writes a folder with `model.safetensors` and `config.json`, described in
 `ism_jax.interchange.exported_network`. `ism_jax.sample` and `ism_jax.evaluate` accept
-the folder as their `--workdir`, and a training can start from it:
+the folder as their `--workdir`, and training can start from it:
 
     python -m ism_jax.train --config configs/x.py --config.train.init_from=nets/sit \
         --config.model.time_scale=1.0
 
 `export` writes the inference EMA of a run, bit for bit. `sit` and `shortcut` give
-networks that compute the same function up to rounding. `dit` does too, but DiT predicts
-noise instead of a velocity, so the result can only initialise a training. See
+networks that compute the same function up to rounding. So does `dit`, but DiT predicts
+noise instead of a velocity, so the result can only initialise training. See
 `official_sit`, `official_dit` and `official_shortcut` in `ism_jax.interchange`. The
 official networks take latents of sd-vae-ft times 0.18215.
 
@@ -129,7 +129,7 @@ def export(workdir, step: int | None = None) -> exported_network.ExportedNetwork
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; None for the latest.
+      step: checkpoint to export; None for the latest.
 
     Raises:
       ValueError: there is no run or no such checkpoint.
@@ -245,7 +245,9 @@ if __name__ == '__main__':
     flags.DEFINE_integer('image_size', None, 'Side of the images or latents.')
     flags.DEFINE_integer('base_steps', 128, 'denoise_timesteps of the shortcut model.')
     flags.DEFINE_float(
-        'guidance', 0.5, 'w of its targets: its cfg_scale - 1; 0 without bootstrap_cfg.'
+        'guidance',
+        0.5,
+        'Guidance scale w of its targets: its cfg_scale - 1; 0 without bootstrap_cfg.',
     )
     flags.DEFINE_string('out', None, 'Folder to write to.', required=True)
     command_line.run(run_command, commands=tuple(COMMANDS))

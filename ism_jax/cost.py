@@ -1,9 +1,9 @@
-"""What a training costs, without devices and without training.
+"""Memory and FLOPs of a training run, without devices and without training.
 
     python -m ism_jax.train --config configs/imagenet256_ism_xl2.py --plan
 
-Bytes of the state follow from the shapes and the rule of `sharding`, activations from
-what differentiation keeps, operations from the traced step.
+The bytes of the state follow from its shapes and the rule of `sharding`, those of the
+activations from what differentiation keeps, the FLOPs from the traced step.
 """
 
 from collections.abc import Callable
@@ -28,15 +28,15 @@ DEFAULT_TFLOPS = 400.0
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one config needs on one mesh.
+    """The cost of one config on one mesh.
 
     Attributes:
-      devices: their number.
-      parameters: of the network.
-      bytes_per_device: of the state's trees, of the gradient, of what is kept for the
-        backward pass, and of a pool, by name. XLA's workspace is not known.
-      flops_per_step: of all devices, without what rematerialisation repeats.
-      steps: of the whole training.
+      devices: number of devices.
+      parameters: number of parameters.
+      bytes_per_device: by name: the trees of the state, the gradient, what is kept
+        for the backward pass, and a pool; without XLA's workspace.
+      flops_per_step: FLOPs on all devices, without the recomputation of remat.
+      steps: number of training steps.
     """
 
     devices: int
@@ -46,7 +46,7 @@ class Plan:
     steps: int
 
     def hours(self, tflops: float) -> float:
-        """Hours of training at a number of 10^12 operations per second and device."""
+        """Hours of training if each device sustains this number of TFLOP/s."""
         return self.steps * self.flops_per_step / (self.devices * tflops * 3.6e15)
 
 
@@ -122,12 +122,12 @@ def activation_bytes(experiment: Experiment) -> float:
         )
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(pullback))
 
-    # What does not grow with the batch are the parameters themselves.
+    # The part that does not grow with the batch is the parameters themselves.
     return (kept(2 * batch) - kept(batch)) / batch
 
 
 def step_flops(experiment: Experiment) -> int:
-    """Operations of a step: those of the loss and its gradient."""
+    """FLOPs of a step: the loss and its gradient."""
     config = experiment.config.copy_and_resolve_references()
     with config.unlocked():
         config.model.update(remat='none', attention='xla')
@@ -144,7 +144,7 @@ def step_flops(experiment: Experiment) -> int:
 
 
 def _smallest_batch(experiment: Experiment) -> int:
-    """The smallest batch that splits as the whole one does."""
+    """The smallest batch that splits into the same shares as the whole one."""
     objective, size = experiment.objective, experiment.config.train.batch_size
     multiple = objective.batch_multiple
     options = range(multiple, size + 1, multiple)
@@ -152,7 +152,7 @@ def _smallest_batch(experiment: Experiment) -> int:
 
 
 def _loss(experiment: Experiment, size: int):
-    """The loss as a function of (params, target params, batch, key), and shapes."""
+    """The loss as a function, and the shapes of (params, target params, batch, key)."""
     shape = experiment.image_shape
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     label = jax.ShapeDtypeStruct((size,), jnp.int32)
@@ -174,10 +174,10 @@ def _loss(experiment: Experiment, size: int):
 
 
 def check_memory(experiment: Experiment) -> None:
-    """Refuses what cannot fit, whatever XLA does: the state alone is too large.
+    """Rejects a run whose state alone exceeds the memory.
 
     Raises:
-      ValueError: a device, or on CPU the machine, has less memory.
+      ValueError: a device (on CPU, the machine) has too little memory.
     """
     mesh = experiment.mesh
     device = mesh.local_devices[0]
@@ -212,7 +212,7 @@ def format_plan(plan: Plan, tflops: float) -> str:
 
 
 def summary(experiment: Experiment, workdir) -> list[str]:
-    """Lines that say what is about to be trained, for the start of a run."""
+    """Lines that describe the run, to print at its start."""
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     count = sit.num_parameters(model, experiment.image_shape)
     plan = make_plan(config, mesh.size, experiment.num_classes)
@@ -225,8 +225,8 @@ def summary(experiment: Experiment, workdir) -> list[str]:
         f'mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}',
         f'data:      {experiment.source!r}',
         f'           {experiment.num_classes} classes, images {experiment.image_shape}',
-        f'memory:    {memory / 2**30:.2f} GiB per device, without what XLA needs '
-        '(--plan lists it)',
+        f'memory:    {memory / 2**30:.2f} GiB per device, without the workspace of '
+        'XLA (--plan has the details)',
         f'objective: {config.objective.name}, {config.train.steps} steps of '
         f'{config.train.batch_size}',
         f'workdir:   {workdir}',
@@ -234,10 +234,10 @@ def summary(experiment: Experiment, workdir) -> list[str]:
 
 
 def count_flops(function: Callable, *args) -> int:
-    """Operations of one call; `args` are arrays or their `jax.ShapeDtypeStruct`.
+    """FLOPs of one call; `args` are arrays or their `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: products in a loop whose length is not known.
+      ValueError: there are products in a loop of unknown length.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 

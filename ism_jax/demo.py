@@ -30,7 +30,7 @@ from ism_jax.sampling import image_grid
 
 MAX_IMAGES = 16
 MAX_PATH_STEPS = 16
-MAX_GUIDANCE = 10.0  # Of methods that set no limit.
+MAX_GUIDANCE = 10.0  # For methods that set no limit.
 MAX_SEED = 2**31 - 1
 MAX_QUEUE = 16
 MAX_TEXT, MAX_MESSAGE = 2000, 300  # Characters.
@@ -38,7 +38,7 @@ MAX_PICTURES = 256
 DISPLAY_SIDE = 128  # Pixels; smaller images are enlarged.
 COMPARED_STEPS = (1, 2, 4, 8, 128)
 ANY_CLASS = 'any'
-# The error beside a field takes no space while there is none.
+# An empty error beside a field takes no space.
 CSS = '[class*="beside-"]:not(:has([role="alert"])) { display: none }'
 
 
@@ -92,7 +92,7 @@ class Studio:
         if model.image_shape[2] not in (1, 3):
             raise ValueError(
                 f'{model} generates {model.image_shape[2]} channels, not images; set '
-                'data.autoencoder in the config of a training on latents'
+                'data.autoencoder in the config of a run on latents'
             )
         self.model = model
         self.folder = Path(tempfile.mkdtemp(prefix='ism_jax_demo_'))
@@ -150,7 +150,7 @@ class Studio:
         )
 
     def between(self, label, seed, last_seed, steps, guidance, count) -> Picture:
-        """Images of noise that is interpolated between two seeds."""
+        """Images from noise that is interpolated between two seeds."""
         count = _bounded('count', count, 2, MAX_IMAGES)
         settings = self._settings(label, seed, guidance) | self._schedule(steps, '')
         settings['last_seed'] = _bounded('last_seed', last_seed, 0, MAX_SEED)
@@ -214,7 +214,7 @@ def _bounded(field: str, value, low, high, kind=int):
     """The value as `kind`, in [low, high]."""
     valid = isinstance(value, (int, float)) and low <= value <= high
     if not valid or kind(value) != value:
-        number = 'a whole number' if kind is int else 'a number'
+        number = 'an integer' if kind is int else 'a number'
         raise FieldError(field, f'must be {number} in {low} .. {high}')
     return kind(value)
 
@@ -224,7 +224,7 @@ class Tab:
     """A tab of the page.
 
     Attributes:
-      title: of the tab.
+      title: title of the tab.
       about: one line below the title.
       make: method of the studio; takes the fields by name.
       fields: names of the fields, in order.
@@ -266,7 +266,7 @@ def make_tabs(studio: Studio) -> list[Tab]:
             ),
             Tab(
                 'Between two seeds',
-                'Images of noise that is interpolated between two seeds.',
+                'Images from noise that is interpolated between two seeds.',
                 studio.between,
                 ('label', 'seed', 'last_seed', 'steps', 'guidance', 'count'),
                 {'count': dict(minimum=2)},

@@ -6,8 +6,8 @@ results and a section with a figure for each fault.
 
     python -m ism_jax.diagnose compounding [--workdir runs/shortcut]
 
-prints the effective guidance scale of steps of N = 1, 2, 4, ..., 128 smallest ones: in
-a flow known in closed form, and with --workdir in a trained network.
+prints the effective guidance scale of one step as long as N = 1, 2, 4, ..., 128 finest
+steps: in a flow known in closed form, and with --workdir in a trained network.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def _coupling_name(config, pool_size: int) -> str:
 
 
 def _pairs(config, samples: int):
-    """Noise, data and labels of whole pools, at least `samples`; and the pool size."""
+    """Noise, data and labels of at least `samples` pairs, and the pool size."""
     # One device: pairs do not depend on the mesh.
     parts = Experiment(config, mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
     batches = parts.pool_batches
@@ -108,9 +108,9 @@ def diagnose(
     Args:
       workdir: folder of the run.
       out: the HTML file; None for `report.html` in the workdir.
-      step: of the checkpoint; None for the latest.
+      step: checkpoint to load; None for the latest.
       samples: number of samples for the spectra.
-      log: is called with one line per diagnosis.
+      log: called with one line per diagnosis.
 
     Raises:
       ValueError: there is no run or no such checkpoint, or too few samples.
@@ -132,7 +132,7 @@ def diagnose(
         f'{subject.method}, {trained:,} training steps, inference EMA; '
         f'{samples} samples; training pairs: {subject.coupling}',
         sections,
-        'The faults are those of arXiv 2510.21250. The limits between good, fair and '
+        'The faults are those of arXiv 2510.21250. The thresholds of good, fair and '
         'poor are our own and serve to compare runs. Command: '
         f'python -m ism_jax.diagnose --workdir {workdir} --samples {samples}',
     )
@@ -181,7 +181,7 @@ def run_flags(command: str):
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_string('workdir', None, 'Folder of the run.')
-    flags.DEFINE_string('out', None, 'HTML file to write; report.html in the workdir.')
-    flags.DEFINE_integer('step', None, 'Step of the checkpoint; the latest.')
+    flags.DEFINE_string('out', None, 'HTML file; WORKDIR/report.html by default.')
+    flags.DEFINE_integer('step', None, 'Checkpoint; the latest by default.')
     flags.DEFINE_integer('samples', 512, 'Number of samples for the spectra.')
     command_line.run(run_flags, commands=('compounding', ''))

@@ -66,7 +66,7 @@ def load_networks(
     """The feature networks that the metrics need, by name.
 
     Args:
-      names: of the metrics.
+      names: names of the metrics.
       cache_dir: folder of downloaded weights.
       batch_size: images per forward pass.
       inception: weights file; '' to download the published one.
@@ -99,7 +99,7 @@ def open_reference(
       text: a path, or a data source such as 'tfds:NAME'.
       image_size: side of a source's images; None if only a path is allowed.
       data_dir: TFDS's folder.
-      split: of a TFDS data set.
+      split: split of a TFDS data set.
 
     Raises:
       ValueError: neither a path nor a source.
@@ -307,7 +307,7 @@ def run_flags():
     size, _, channels = sampler.output_shape()
     if channels not in (1, 3):
         raise ValueError(
-            f'{FLAGS.workdir} makes latents of {channels} channels and has no '
+            f'{FLAGS.workdir} generates latents of {channels} channels and has no '
             'autoencoder to decode them, but metrics need images'
         )
     options = dict(image_size=size, data_dir=FLAGS.data_dir, split=FLAGS.split)
@@ -334,29 +334,29 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'Folder of the run.')
     flags.DEFINE_string('images', '', 'Images to score instead: folder or NPZ file.')
     flags.DEFINE_integer('step', None, 'Checkpoint; the latest by default.')
-    flags.DEFINE_string('steps', '', "Such as 1,2,4; by default the config's.")
+    flags.DEFINE_string('steps', '', "Sampling steps 1,2,...; by default the config's.")
     flags.DEFINE_string(
-        'guidance', '', "Scales such as 0,1.5; by default the config's."
+        'guidance', '', "Guidance scales w, as 0,1.5; by default the config's."
     )
     flags.DEFINE_integer(
         'samples',
         0,
-        'For each pair of steps and guidance; 0 for 50,000, or without --metrics for '
+        'Samples per pair of steps and w; 0 for 50,000, or without --metrics for '
         "the config's.",
     )
-    flags.DEFINE_string('metrics', '', f'Such as {",".join(metrics.METRICS)}.')
+    flags.DEFINE_string('metrics', '', f'Some of {",".join(metrics.METRICS)}.')
     flags.DEFINE_string(
         'reference', '', "Real images; by default the run's training images."
     )
     flags.DEFINE_string('data_dir', '', "TFDS's folder; '' for its default.")
-    flags.DEFINE_string('split', 'train', 'Of a TFDS data set.')
+    flags.DEFINE_string('split', 'train', 'Split of a TFDS data set.')
     flags.DEFINE_enum(
         'labels',
         'balanced',
         protocol.LABELS,
         'Labels of the samples: every class equally often, or random.',
     )
-    flags.DEFINE_integer('seed', 0, 'Of the noise and of random labels.')
+    flags.DEFINE_integer('seed', 0, 'Seed of the noise and of random labels.')
     flags.DEFINE_integer('batch_size', 0, "Samples per batch; 0 for the config's.")
     flags.DEFINE_string('keep', '', 'Files of samples to keep: npz,png.')
     flags.DEFINE_string(

@@ -1,4 +1,4 @@
-"""From a config to the parts of a training: the only place where configs are unpacked.
+"""Builds the parts of a run from its config; only this module unpacks configs.
 
 `Experiment` builds each part once, when it is first used. The parts take arrays and
 keyword scalars and know no config.
@@ -27,9 +27,9 @@ class Experiment:
 
     Args:
       config: a validated config.
-      mesh: of the devices; by default as the config says.
-      source: of the data; by default as the config says.
-      num_classes, image_shape: of the data, where it is not to be opened.
+      mesh: the devices; by default those of the config.
+      source: the data; by default those of the config.
+      num_classes, image_shape: properties of the data, if it is not to be opened.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Experiment:
 
     @functools.cached_property
     def num_classes(self) -> int:
-        """Classes of the data."""
+        """Number of classes of the data."""
         return len(self.source.class_names)
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of what the network makes."""
+        """(H, W, C) of the network's output."""
         return self.source.image_shape
 
     @functools.cached_property
@@ -168,7 +168,7 @@ class Experiment:
     def make_loader(self, batches: int | None = None) -> pool_loader.PoolLoader:
         """Pools of `batches` batches, by default `pool_batches`, for this process."""
         data = self.config.data
-        # Without transport a pool is a batch, which shall have all classes.
+        # Without transport a pool is a batch, which should mix all classes.
         grouped = data.classes_per_pool if self.config.transport.enabled else 0
         return pool_loader.PoolLoader(
             self.source,
@@ -199,8 +199,8 @@ class Experiment:
 
         fast, classes = {}, self.config.data.classes_per_pool
         if classes:
-            # Twice as many and as large as a pool has by plan: chunks of a class may
-            # meet, and pools straddle chunks.
+            # Twice the planned number and size of classes: chunks of a class may meet
+            # in a pool, and pools straddle chunks.
             size = options.batches * self.config.train.batch_size
             chunk = -(-size // classes)
             fast = dict(
@@ -240,7 +240,7 @@ class Experiment:
         )
 
     def make_scorer(self, sampler: Sampler, cache_dir, log) -> SampleScorer | None:
-        """Scores samples by a small classifier; None where the config wants none."""
+        """Scores samples by a small classifier; None if the config disables scores."""
         if not self.config.scores.enabled:
             return None
         return SampleScorer(
@@ -279,7 +279,7 @@ class Experiment:
         )
 
     def grid_options(self) -> dict:
-        """Options of `loop.draw_grids`; the noise has a random stream of its own."""
+        """Options of `loop.draw_grids`; the noise has its own random stream."""
         key = jax.random.key(self.config.seed)
         return dict(
             key=random_streams.stream(key, random_streams.SAMPLES, 0),

@@ -33,7 +33,7 @@ def load(path: str | os.PathLike, step: int | None = None) -> 'Generator':
       step: checkpoint of a run; None for the latest.
 
     Raises:
-      ValueError: nothing is there, it is damaged, or it is not a generator.
+      ValueError: nothing is at `path`, or it is damaged or not a generator.
     """
     names = (exported_network.TENSORS, exported_network.CONFIG)
     example = 'runs/quickstart, organisation/network'
@@ -86,7 +86,7 @@ class Generator:
             is a batch of one.
           steps: network calls, 1 .. `base_steps`.
           guidance: guidance scale w, in `guidance_range`.
-          seed: of the noise.
+          seed: seed of the noise.
           schedule: step sizes that sum to 1, instead of `steps`.
 
         Returns:
@@ -153,11 +153,11 @@ class Generator:
         *,
         schedule: Sequence[float] | None = None,
     ) -> np.ndarray:
-        """Images of noise that is interpolated spherically between two seeds.
+        """Images from noise that is interpolated spherically between two seeds.
 
         Args:
           label, steps, guidance, schedule: see `sample`.
-          seeds: of the first and the last image, which are image 0 of each seed.
+          seeds: seeds of the first and the last image; each is image 0 of its seed.
           count: number of images, at least 2.
 
         Returns:
@@ -187,8 +187,8 @@ class Generator:
     def _check_paths(self) -> None:
         if not self.has_paths:
             raise ValueError(
-                "this method's sampler adds noise between steps, so an image does not "
-                'follow from its first noise alone; use sample'
+                "this method's sampler adds noise between steps, so the initial noise "
+                'does not determine an image; use sample'
             )
 
     def _noise(self, seed: int) -> jax.Array:

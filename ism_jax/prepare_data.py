@@ -1,4 +1,4 @@
-r"""Encodes images into latents, once, for training to read.
+r"""Encodes images into latents once, before training.
 
     python -m ism_jax.prepare_data --source tfds:imagenet2012 --image_size 256 \
         --autoencoder stabilityai/sd-vae-ft-mse --out /data/imagenet256
@@ -50,16 +50,16 @@ def prepare(
       out: folder of the latents.
       image_size: side of the cropped images, in pixels.
       data_dir: TFDS's folder; '' for its default.
-      split: of a TFDS data set.
-      compute_dtype: of the encoder.
+      split: split of a TFDS data set.
+      compute_dtype: dtype of the encoder's computation.
       batch_size: images encoded at once, on all devices.
-      **options: of `latent_preparation.prepare`.
+      **options: options of `latent_preparation.prepare`.
 
     Returns:
       The manifest, or None while other processes have shards to write.
 
     Raises:
-      ValueError: a setting that does not work.
+      ValueError: invalid settings.
       CorruptImageError: an image cannot be read.
     """
     if not source_name or not autoencoder_name:
@@ -95,7 +95,7 @@ def prepare(
 
 
 def verify(out, *, log: Callable[[str], Any] = print) -> bool:
-    """Reads every byte of a folder again; whether all files are as written."""
+    """Reads every byte of a folder; returns whether all files are as written."""
     problems = latent_preparation.verify(out, log)
     for line in problems:
         log(line)
@@ -143,14 +143,14 @@ if __name__ == '__main__':
     flags.DEFINE_integer('image_size', 256, 'Side of the cropped images.', 1)
     flags.DEFINE_string('autoencoder', '', 'Folder, safetensors file or hub id.')
     flags.DEFINE_string('out', None, 'Folder of the latents.', required=True)
-    flags.DEFINE_enum('dtype', 'float16', latents.DTYPES, 'Of the stored latents.')
+    flags.DEFINE_enum('dtype', 'float16', latents.DTYPES, 'Dtype of the latents.')
     flags.DEFINE_enum(
-        'compute_dtype', 'float32', ('float32', 'bfloat16'), 'Of the encoder.'
+        'compute_dtype', 'float32', ('float32', 'bfloat16'), 'Dtype of the encoder.'
     )
     flags.DEFINE_integer('shards', 128, 'Number of files; finished ones are kept.')
     flags.DEFINE_integer('batch_size', 64, 'Images encoded at once, on all devices.')
     flags.DEFINE_enum(
-        'on_corrupt', 'error', ('error', 'skip'), 'What to do at unreadable images.'
+        'on_corrupt', 'error', ('error', 'skip'), 'What to do with unreadable images.'
     )
     flags.DEFINE_integer('num_threads', 8, 'Threads that read images.', 1)
     distributed.define_flags()

@@ -62,7 +62,7 @@ def sample_grid(
       schedules: step sizes, or a number of steps, of each row.
       guidance: guidance scales w.
       labels: one for each sample of a cell.
-      seed: of the noise, which is the same in every cell.
+      seed: seed of the noise, which is the same in every cell.
 
     Returns:
       [schedules, guidance, labels, H, W, C] float32, not clipped.
@@ -164,7 +164,7 @@ if __name__ == '__main__':
     flags.DEFINE_string('steps', '1,2,4,8,128', 'Numbers of sampling steps.')
     flags.DEFINE_string('schedule', '', 'Step sizes, instead of --steps.')
     flags.DEFINE_string('guidance', '0,1,2.5', 'Guidance scales w.')
-    flags.DEFINE_string('labels', '0-9', "Such as 0-4,7; 'null' for the null label.")
-    flags.DEFINE_integer('seed', 0, 'Of the noise.')
+    flags.DEFINE_string('labels', '0-9', 'Labels such as 0-4,7,null (the null label).')
+    flags.DEFINE_integer('seed', 0, 'Seed of the noise.')
     flags.DEFINE_string('out', 'samples', 'Folder to write to.')
     command_line.run(run_flags)

@@ -10,8 +10,8 @@ a minute on a CPU.
 `--config.train.init_from=FOLDER` starts a new run from a network that
 `ism_jax.convert` wrote, such as a pretrained SiT; a resumed run ignores it.
 
-`--plan` only prints what the training needs on `--plan_devices` devices: memory,
-operations, hours. It opens no data and needs no such devices.
+`--plan` only prints what the run needs on `--plan_devices` devices: memory, FLOPs and
+hours. It opens no data and needs no such devices.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def train(
     *,
     on_samples: Callable[[int, int, np.ndarray], Any] | None = None,
 ) -> train_state.TrainState:
-    """Trains by a config, from the latest checkpoint in `workdir` if there is one.
+    """Trains a config, from the latest checkpoint in `workdir` if there is one.
 
     Leaves in `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/` and
     `scores.json`.
@@ -58,14 +58,14 @@ def train(
     Args:
       config: see `ism_jax.config`.
       workdir: folder of the run.
-      on_samples: is called with the training step, the number of sampling steps and the
-        samples of each grid, [N, H, W, C] in [-1, 1], for a notebook say.
+      on_samples: called with the training step, the number of sampling steps and the
+        samples of each grid, [N, H, W, C] in [-1, 1], for example in a notebook.
 
     Raises:
-      ValueError: a config, data or a resumed run that could not work, or a workdir that
-        another run uses.
+      ValueError: an invalid config, data set or change of a resumed run, or a workdir
+        that another run uses.
       loop.NonFiniteError: `train.max_skipped_in_row` steps in a row were not finite.
-      preemption.Preempted: a signal asked to stop; the last step is saved.
+      preemption.Preempted: a signal requested a stop; the last step is saved.
       checkpoint.SaveError: the last checkpoint, or several in a row, cannot be saved.
     """
     workdir = files.local_path(workdir, '--workdir')
@@ -84,7 +84,7 @@ def train(
 
 
 def _train(experiment: Experiment, workdir: Path, held, requests, on_samples):
-    """`train`, in a folder that no other run uses; `held` closes what it opens."""
+    """`train`, in a folder locked for this run; `held` closes what it opens."""
     config = experiment.config
     log = tqdm.tqdm.write if jax.process_index() == 0 else lambda text: None
     changes = distributed.first(lambda: trained_network.check_resume(config, workdir))
@@ -176,7 +176,7 @@ if __name__ == '__main__':
     FLAGS = flags.FLAGS
     command_line.define_config_flag()
     flags.DEFINE_string('workdir', None, 'Folder of the run; runs/CONFIG by default.')
-    flags.DEFINE_bool('plan', False, 'Only print what the training needs.')
+    flags.DEFINE_bool('plan', False, 'Only print what the run needs.')
     flags.DEFINE_integer('plan_devices', 8, 'Devices to plan for.', lower_bound=1)
     flags.DEFINE_integer('plan_classes', 1000, 'Classes of the data.', lower_bound=1)
     flags.DEFINE_float(

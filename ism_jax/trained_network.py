@@ -1,4 +1,4 @@
-"""Trained networks from disk: to sample from, or to start a training from."""
+"""Trained networks from disk: to sample from, or to start training from."""
 
 import os
 from typing import Any, NamedTuple
@@ -20,11 +20,11 @@ class TrainedNetwork(NamedTuple):
     """A trained network, as sampling needs it.
 
     Attributes:
-      config: of the run.
+      config: config of the run.
       model: the network.
-      params: of the inference EMA, on all devices of this process.
-      step: training steps.
-      class_names: of the labels.
+      params: the inference EMA, on all devices of this process.
+      step: number of training steps.
+      class_names: names of the labels.
       image_shape: (H, W, C).
     """
 
@@ -82,7 +82,7 @@ def load_parameter_sets(workdir, network: TrainedNetwork) -> dict[str, Any]:
     Without twin EMA 'target' is missing: the inference EMA makes the targets.
 
     Raises:
-      ValueError: a folder that holds the inference EMA alone.
+      ValueError: the folder holds the inference EMA alone.
     """
     if not checkpoint.saved_steps(workdir):
         raise ValueError(
@@ -137,7 +137,7 @@ def _load_exported(folder, step: int | None) -> TrainedNetwork:
     if network.predicts != 'velocity':
         raise ValueError(
             f'{folder} holds a network that predicts {network.predicts}, not a '
-            f'velocity ({network.origin}); it can only start a training, with '
+            f'velocity ({network.origin}); it can only start training, with '
             f'--config.train.init_from={folder}'
         )
     config = config_lib.from_dict(network.config)
@@ -164,24 +164,24 @@ def check_resume(config, workdir) -> list[str]:
     """
     content = checkpoint.read_run(workdir)
     if content is None or not checkpoint.saved_steps(workdir):
-        return []  # Nothing that another config could spoil.
+        return []  # There is no training that another config could spoil.
     old = config_lib.from_dict(content['config'])
     changes = config_check.check_resume(old, config, workdir)
     return [f'changed since the run was started: {line}' for line in changes]
 
 
 def initial_state(experiment: Experiment, workdir):
-    """A fresh train state, from `train.init_from` where a new run names one.
+    """The initial train state; a new run starts from `train.init_from`, if set.
 
     Args:
-      experiment: of the run.
-      workdir: of the run; a run with checkpoints ignores `train.init_from`.
+      experiment: parts of the run.
+      workdir: folder of the run; if it has checkpoints, `train.init_from` is ignored.
 
     Returns:
       The state, its shardings, and lines that say what it starts from.
 
     Raises:
-      ValueError: a network that this one cannot start from, naming what differs.
+      ValueError: the run cannot start from that network; names what differs.
     """
     folder = experiment.config.train.init_from
     if not folder or checkpoint.saved_steps(workdir):

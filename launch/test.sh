@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Sets up the environment and runs the tests, two files at a time:
 #
-#   bash launch/test.sh                                # all, without the long ones
+#   bash launch/test.sh                                # all, without slow tests
 #   bash launch/test.sh tests/models/test_sit.py       # one file; any arguments of pytest
-#   bash launch/test.sh -m slow                        # the long ones
+#   bash launch/test.sh -m slow                        # the slow tests
 #   PARITY=1 bash launch/test.sh                       # all, with tests/requirements.txt
 #
 # Tests mirror the package: tests/models/ is for ism_jax/models/. tests/requirements.txt

@@ -1,4 +1,4 @@
-"""Settings of all tests, and what several compare with."""
+"""Settings and fixtures that tests share."""
 
 import importlib
 import importlib.util
@@ -15,9 +15,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Threads of XLA's CPU client, by default one per device. A device may wait in two
 # independent collectives at once; when all threads wait, the program never ends.
 os.environ.setdefault('NPROC', '32')
-# Many tests compile the same program; most of the time would go there. New for each
-# session unless the environment names a folder, and shared with its workers and the
-# processes that tests start.
+# Many tests compile the same programs, so workers and child processes share a cache. It
+# is new for each session unless the environment names a folder.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix='ism-jax-tests-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
@@ -39,8 +38,8 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 def torch_fidelity(monkeypatch):
     """The package torch_fidelity; without it, the test is skipped.
 
-    It imports torchvision, of which nothing that we compare with needs anything, and of
-    which no one build goes with every build of PyTorch: an empty one is enough.
+    It imports torchvision, which our comparisons do not need and whose builds depend on
+    PyTorch's, so an empty module replaces it.
     """
     for name in ('torch', 'torch_fidelity'):
         if importlib.util.find_spec(name) is None:
@@ -59,7 +58,7 @@ def torch_fidelity(monkeypatch):
 
 @pytest.fixture(scope='session')
 def small_run(tmp_path_factory):
-    """The folder of a run of six steps, whose averages follow at once."""
+    """The folder of a run of six steps with fast EMAs."""
     config = config_lib.with_argument(config_lib.default(), 'runlocal')
     config.scores.enabled = False
     config.train.steps = 6

@@ -70,7 +70,7 @@ def guided_in_steps(guidance):
 
 
 def guided_from(begin):
-    """iSM: guidance acts from the time `begin` on."""
+    """iSM: guidance applies from time `begin`."""
 
     def apply(params, x, t, d, w, label):
         before = jnp.clip(begin - t, 0, d)

@@ -199,7 +199,7 @@ def test_records_of_another_config_do_not_count_as_finished(tmp_path):
     not hasattr(os, 'sched_getaffinity') or len(os.sched_getaffinity(0)) < 2,
     reason='needs two CPU cores that a process can choose',
 )
-def test_parallel_runs_have_cores_of_their_own():
+def test_parallel_runs_have_their_own_cores():
     code = 'import os, time; print(*os.sched_getaffinity(0)); time.sleep(0.5)'
 
     def cores(_):

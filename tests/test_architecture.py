@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md: who imports whom, and who knows the config."""
+"""The rules of docs/architecture.md: imports, the config, and lengths."""
 
 import ast
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_imports_point_downwards(path):
     assert not upward, f'{path} of {own} imports {upward}'
 
 
-def test_folders_of_one_layer_import_each_other_in_no_circle():
+def test_folders_of_one_layer_have_no_import_cycle():
     graph = {}
     for path in MODULES:
         if part(path) in BELOW_EXPERIMENT:
@@ -100,7 +100,7 @@ def docstrings(tree: ast.AST) -> set[int]:
     [p for p in MODULES if part(p) in BELOW_EXPERIMENT],
     ids=lambda p: str(p.relative_to(PACKAGE)),
 )
-def test_below_the_experiment_nothing_knows_the_config(path):
+def test_only_the_upper_layers_know_the_config(path):
     tree = ast.parse(path.read_text())
     assert 'config' not in imported_parts(path)
     names = re.compile(
@@ -130,7 +130,7 @@ def test_functions_fit_on_a_screen(path):
             assert length <= 80, f'{path}: {node.name} has {length} lines'
 
 
-def test_the_recipe_is_short():
+def test_the_train_command_is_short():
     assert len((PACKAGE / 'train.py').read_text().splitlines()) <= 200
 
 

@@ -50,7 +50,7 @@ def test_runlocal_is_small(path):
 
 
 def test_every_field_is_read():
-    """Each field's name is an attribute that some line of the package loads."""
+    """Each field's name is an attribute that the package reads."""
     read = set()
     for path in (ROOT / 'ism_jax').rglob('*.py'):
         tree = ast.parse(path.read_text())
@@ -71,7 +71,7 @@ def test_every_field_is_read():
 
 
 def test_configs_of_older_versions_are_completed():
-    """As they are in `run.json`: a field that is newer does what was done before."""
+    """A field missing in `run.json` gets the default that keeps its behaviour."""
     config, _ = _get_config(ROOT / 'configs' / 'quickstart.py', 'shortcut')
     older = json.loads(config_lib.to_json(config))
     for section, field in (('data', 'classes_per_pool'), ('train', 'init_from')):
@@ -115,7 +115,7 @@ def test_the_documented_objective_is_all_that_a_new_one_needs(tmp_path, monkeypa
     assert int(state.step) == 8 and int(state.skipped) == 0
     run = trained_network.load(tmp_path / 'run')
     images = sample.sample_grid(
-        run, schedules_=[(0.5, 0.5)], guidance=[0.0], labels=[1, 2], seed=0
+        run, schedules=[(0.5, 0.5)], guidance=[0.0], labels=[1, 2], seed=0
     )
     assert images.shape == (1, 1, 2, 32, 32, 1) and np.isfinite(images).all()
 

@@ -85,7 +85,7 @@ def test_normalisation_of_latents_is_whole(std):
         ('consistency', {'objective.sigma_min': 90.0}, 'objective.sigma_min = 90.0'),
         ('imm', {'objective.group_size': 0}, 'objective.group_size = 0'),
         ('imm', {'train.batch_size': 42}, 'multiple of 4'),
-        ('imm', {'model.step_embedding': 'level'}, 'does not serve objective.name'),
+        ('imm', {'model.step_embedding': 'level'}, 'does not fit objective.name'),
         ('meanflow', {'objective.batch_split': (4, 0)}, 'objective.batch_split'),
         ('meanflow', {'objective.norm_eps': 0.0}, 'objective.norm_eps = 0.0'),
         ('alpha_flow', {'objective.anneal_end': 0.0}, 'objective.anneal_start = 0.0'),
@@ -123,7 +123,7 @@ def test_what_may_change_on_resume_is_reported():
     assert _resumed({}, {'train.steps': 900_000}) == ['train.steps: 800000 -> 900000']
     with pytest.raises(ValueError, match=r'cannot change: model.depth: 28 -> 29\.'):
         _resumed({}, {'model.depth': 29})
-    with pytest.raises(ValueError, match='could: train.steps: 800000 -> 800001'):
+    with pytest.raises(ValueError, match='may change: train.steps: 800000 -> 800001'):
         _resumed({}, {'model.depth': 29, 'train.steps': 800_001})
 
 
@@ -168,6 +168,6 @@ def test_grouping_by_class_needs_labels():
     source = types.SimpleNamespace()
     config_check.check_source(config, source)
     config.data.classes_per_pool = 3
-    with pytest.raises(ValueError, match='data.classes_per_pool = 3 needs all labels'):
+    with pytest.raises(ValueError, match='data.classes_per_pool = 3 needs the labels'):
         config_check.check_source(config, source)
     config_check.check_source(config, types.SimpleNamespace(labels=[0]))

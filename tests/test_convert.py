@@ -66,7 +66,7 @@ def test_a_converted_shortcut_model_is_sampled(tmp_path):
     run = trained_network.load(tmp_path / 'net')
     schedules = [(1.0,), (0.5, 0.5)]
     images = sample.sample_grid(
-        run, schedules_=schedules, guidance=[0.5], labels=[0, 3], seed=0
+        run, schedules=schedules, guidance=[0.5], labels=[0, 3], seed=0
     )
     assert images.shape == (2, 1, 2, SIDE, SIDE, CHANNELS)
     assert np.isfinite(images).all() and np.ptp(images[0] - images[1]) > 1e-2
@@ -143,7 +143,7 @@ def test_an_exported_run_samples_the_same_bit_for_bit(small_run, exported):
     assert after.class_names == before.class_names
     assert after.image_shape == before.image_shape
     _assert_same_bits(before.params, after.params)
-    cells = dict(schedules_=[(1.0,), (0.5, 0.5)], guidance=[0.0, 1.0], labels=[1, 10])
+    cells = dict(schedules=[(1.0,), (0.5, 0.5)], guidance=[0.0, 1.0], labels=[1, 10])
     _assert_same_bits(
         sample.sample_grid(before, **cells, seed=3),
         sample.sample_grid(after, **cells, seed=3),

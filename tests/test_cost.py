@@ -1,4 +1,4 @@
-"""The plan against what XLA reports, and counts against hand and against XLA."""
+"""Plans and counts, compared with XLA's and with counts by hand."""
 
 import functools
 import importlib.util
@@ -37,7 +37,7 @@ def test_products_are_counted_where_they_stand():
 
     square = jnp.zeros((4, 4))
     assert cost.count_flops(repeated, square) == 6 * 2 * 4**3
-    # Backwards there are two products for each.
+    # The backward pass has two products for each.
     gradient = jax.grad(lambda x: repeated(x).sum())
     assert cost.count_flops(gradient, square) == 18 * 2 * 4**3
     remat = jax.checkpoint(lambda x: jnp.sin(x @ x))
@@ -67,7 +67,7 @@ def test_sit_costs_what_its_authors_say():
 
 
 def test_counts_are_those_of_xla():
-    """Of a network whose layers are not scanned; XLA counts other operations too."""
+    """The layers of the network are not scanned. XLA counts other operations too."""
     config = config_lib.default()
     config.model.update(hidden_size=128, depth=2, num_heads=2, patch_size=4, unroll=2)
     model = experiment.make_model(config, 10)
@@ -83,7 +83,7 @@ def test_counts_are_those_of_xla():
 
 @pytest.mark.parametrize(
     'name, passes',
-    # Forward passes of a sample: 3 for a gradient; teachers as the batch is split.
+    # Forward passes per sample: 3 for the gradient, plus those of the teachers.
     [('ism', 3 + 2 / 4 + 2 / 4), ('flow_matching', 3), ('shortcut', 3 + 4 / 8)],
 )
 def test_steps_cost_the_passes_that_the_method_makes(name, passes):
@@ -106,10 +106,10 @@ def test_bytes_of_the_state_are_what_xla_reports(data, fsdp):
     memory = step.lower(state, pool, key).compile().memory_analysis()
     made = cost.make_plan(config, 8, 10)
     sizes = made.bytes_per_device
-    held = ('parameters', 'optimizer', 'target average', 'slow average', 'pool')
+    held = ('parameters', 'optimizer', 'target EMA', 'inference EMA', 'pool')
     predicted = sum(sizes[name] for name in held)
     assert memory.argument_size_in_bytes == pytest.approx(predicted, rel=0.01)
-    # A gradient and what is kept are not all that XLA needs, but the most of it.
+    # A gradient and what is kept are most of what XLA needs.
     least = sizes['gradient'] + sizes['kept for the backward pass']
     assert 0.5 * least < memory.temp_size_in_bytes < 4 * least
     if fsdp > 1:
@@ -124,7 +124,7 @@ def _replicated(config):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_command_line_tells_the_plan(name):
+def test_command_line_prints_the_plan(name):
     config = _get_config(name)
     text = cost.format_plan(cost.make_plan(config, 16, 1000), 300.0)
     assert '16 devices' in text and 'hours if a device sustains 300 TFLOP/s' in text

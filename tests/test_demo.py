@@ -65,17 +65,17 @@ def test_downloads_hold_their_settings(studio):
     [
         ('label', 'cat', 'not a class of this network'),
         ('label', '../../etc', 'not a class of this network'),
-        ('seed', -1, 'a whole number in 0 ..'),
-        ('seed', 1.5, 'a whole number in 0 ..'),
-        ('seed', None, 'a whole number in 0 ..'),
-        ('seed', float('nan'), 'a whole number in 0 ..'),
-        ('steps', 129, r'a whole number in 1 .. 128'),
-        ('steps', 10**9, r'a whole number in 1 .. 128'),
+        ('seed', -1, 'an integer in 0 ..'),
+        ('seed', 1.5, 'an integer in 0 ..'),
+        ('seed', None, 'an integer in 0 ..'),
+        ('seed', float('nan'), 'an integer in 0 ..'),
+        ('steps', 129, r'an integer in 1 .. 128'),
+        ('steps', 10**9, r'an integer in 1 .. 128'),
         ('schedule', '0.3,0.7', 'not one of'),
         ('schedule', 'x' * 10**6, 'not a list of numbers'),
         ('schedule', '0.5', 'must sum to 1'),
         ('guidance', 9.0, r'a number in 0.0 .. 3.5'),
-        ('count', 17, 'a whole number in 1 .. 16'),
+        ('count', 17, 'an integer in 1 .. 16'),
     ],
 )
 def test_bad_values_name_their_field(studio, field, value, message):
@@ -232,7 +232,7 @@ def test_the_first_tab(page, url, tmp_path):
     seed.blur()
     beside = page.locator('.prose.beside-seed:visible [role=alert]')
     beside.first.wait_for(timeout=30_000)
-    assert 'must be a whole number' in beside.first.inner_text()
+    assert 'must be an integer' in beside.first.inner_text()
     assert _picture(page).get_attribute('src') == source
     seed.fill('3')
     seed.blur()

@@ -178,7 +178,7 @@ def _resolve(name: str) -> None:
 
 @pages
 def test_fields_exist(page):
-    """`data.source` and the like name a field, or an option of a method."""
+    """Names such as `data.source` are fields, or options of a method."""
     fields = set(config_lib.flatten(config_lib.default()))
     for name in objectives.names():
         fields |= {f'objective.{option}' for option in objectives.options(name)}
@@ -223,7 +223,7 @@ def test_the_readmes_python_samples(small_run):
 
 
 def test_the_architecture_names_every_folder_and_module():
-    """Of `ism_jax/`; each layer of the import rules, too."""
+    """The tree names all of `ism_jax/`, and the import rules name every layer."""
     page = ROOT / 'docs' / 'architecture.md'
     (tree,) = re.findall(r'^```\n(ism_jax/.*?)^```$', page.read_text(), re.S | re.M)
     package = ROOT / 'ism_jax'

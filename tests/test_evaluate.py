@@ -89,7 +89,7 @@ def test_a_run_is_scored_by_a_classifier(small_run, tmp_path, monkeypatch):
 
 
 def _photographs(folder, count, seed):
-    """Crops of a photograph, with a cast of one colour."""
+    """Crops of a photograph, tinted in one colour."""
     from sklearn.datasets import load_sample_image
 
     photograph = load_sample_image('flower.jpg').astype(float)
@@ -106,9 +106,9 @@ def _photographs(folder, count, seed):
 def test_command_line_agrees_with_torch_fidelity(
     tmp_path, inception_file, torch_fidelity
 ):
-    """Both programs from the same pictures and weights to numbers.
+    """Both programs score the same pictures with the same weights.
 
-    Theirs gets the pictures decoded: its own reading is torchvision's, see the fixture.
+    Theirs gets decoded pictures, because it reads files by torchvision.
     """
     import torch
 

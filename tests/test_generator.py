@@ -99,7 +99,7 @@ def _imm_generator(sampler: str) -> generator.Generator:
     config.objective.sampler = sampler
     model = experiment.make_model(config, num_classes=10)
     params = sit.init_params(model, (32, 32, 1), jax.random.key(0))
-    # Also the last layer, which starts at 0: the samples would be the noise.
+    # Also the last layer: at its initial 0 the samples would be the noise.
     params = jax.tree.map(
         lambda a: a + 0.02 * jax.random.normal(jax.random.key(1), a.shape), params
     )

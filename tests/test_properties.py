@@ -1,4 +1,4 @@
-"""Whatever the config: it trains, or is refused by name before anything is compiled."""
+"""Every config trains, or is refused by name before anything is compiled."""
 
 import os
 
@@ -87,10 +87,10 @@ def _changed(method, changes):
 
 
 def _refused(error, changes):
-    """An error names what was changed, or what it does not go with."""
+    """An error names what was changed, or what it conflicts with."""
     message = str(error)
     names = [*changes, *(name.rpartition('.')[2] for name in changes)]
-    names += ['guidance', 'steps']  # Of samples and of grids alike.
+    names += ['guidance', 'steps']  # Fields of samples and of grids.
     assert any(name in message for name in names), f'{changes}: {message}'
 
 
@@ -142,7 +142,7 @@ SETTINGS = dict(
 
 
 def _settings(examples):
-    """`PROPERTIES=10` looks at ten times as many."""
+    """`PROPERTIES=10` tries ten times as many configs."""
     factor = int(os.environ.get('PROPERTIES', 1))
     return hypothesis.settings(max_examples=examples * factor, **SETTINGS)
 

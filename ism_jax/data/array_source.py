@@ -111,7 +111,7 @@ def _resize(images: np.ndarray, size: int, name: str) -> np.ndarray:
     factor = -(-side // max(size, 1))
     missing = factor * size - side
     largest = math.isqrt(MAX_ARRAY_BYTES // len(images))
-    # A frame wider than a fifth of the image would be mostly border.
+    # Padding of more than a fifth of the side would be mostly border.
     too_wide = factor > 1 and missing > side / 5
     if size < 1 or missing % 2 or too_wide or size > largest:
         raise ValueError(

@@ -18,14 +18,14 @@ MAX_SKIPPED_IN_ROW = 100
 class FolderSource(source.Source):
     """A source of image files, one subfolder per class, in sorted order.
 
-    A class folder may have subfolders of its own. Names that begin with a dot are
-    ignored. Images are cropped by `image_crop.center_crop`.
+    A class folder may have subfolders. Names that begin with a dot are ignored. Images
+    are cropped by `image_crop.center_crop`.
 
     Args:
       path: the folder.
       image_size: side of the cropped images, in pixels.
       channels: 1 (grey) or 3 (RGB).
-      on_corrupt: 'error' stops at an unreadable image, 'skip' replaces it by the next
+      on_corrupt: 'error' stops at an unreadable image, 'skip' replaces it with the next
         readable one and counts it in `skipped`.
 
     Raises:
@@ -67,8 +67,8 @@ class FolderSource(source.Source):
                     self.skipped.add(chosen, str(path), str(error))
         if self._attempts > 1:
             last = source.CorruptImageError(
-                f'{attempts} images in a row in {self.path} cannot be read; of the '
-                f'last: {last}'
+                f'{attempts} images in a row in {self.path} cannot be read; the last '
+                f'error: {last}'
             )
         raise last
 

@@ -10,14 +10,14 @@ BACKGROUND = 'white'
 def center_crop(image: Image.Image, size: int, channels: int) -> np.ndarray:
     """A centred square of side `size`, uint8 [size, size, channels].
 
-    As in ADM (Dhariwal and Nichol, arXiv 2105.05233): halved with a box filter while
-    the shorter side is at least 2 `size`, resized with a bicubic filter, then cropped.
-    As there, the EXIF orientation is not applied.
+    As in ADM (Dhariwal and Nichol, arXiv 2105.05233), the image is halved with a box
+    filter while the shorter side is at least 2 `size`, resized with a bicubic filter,
+    then cropped. The EXIF orientation is not applied, as in ADM.
 
     Transparent pixels become white; 16-bit grey keeps its upper 8 bits.
 
     Args:
-      image: of any size and mode.
+      image: image of any size and mode.
       size: side of the square, in pixels.
       channels: 1 (grey) or 3 (RGB).
 

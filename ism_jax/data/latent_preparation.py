@@ -47,7 +47,7 @@ def make_encoder(encode: Callable, params, batch_size: int):
     Args:
       encode: (params, [B, H, W, C] in [-1, 1]) to mean and log-variance, both
         [B, h, w, c].
-      params: of the encoder.
+      params: parameters of the encoder.
       batch_size: B; a smaller batch is padded.
 
     Returns:
@@ -103,10 +103,10 @@ def prepare(
     """Writes the missing shards of this process, and the manifest after the last.
 
     Args:
-      source: of uint8 images.
+      source: source of uint8 images.
       encoder: see `make_encoder`.
       out: the folder.
-      about: of the autoencoder and the crop, for the manifest. It includes
+      about: description of the autoencoder and the crop, for the manifest. It includes
         `scaling_factor` and must not change between runs.
       shards: number of files.
       batch_size: images encoded at once.
@@ -124,7 +124,7 @@ def prepare(
       The manifest, or None while other processes have shards to write.
 
     Raises:
-      ValueError: the folder holds latents of other settings.
+      ValueError: the folder holds latents with other settings.
       CorruptImageError: an image cannot be read.
     """
     out = Path(out).expanduser()
@@ -176,7 +176,7 @@ def _claim(out: Path, settings: dict) -> None:
     ]
     if differing:
         raise ValueError(
-            f'--out {out} holds latents of other settings ({"; ".join(differing)}); '
+            f'--out {out} holds latents with other settings ({"; ".join(differing)}); '
             'restore them or choose another folder'
         )
 
@@ -329,7 +329,7 @@ def verify(out, log: Callable[[str], Any] = print) -> list[str]:
       log: called with a summary of the folder.
 
     Returns:
-      One line per problem; empty if there is none.
+      One line per problem; [] for none.
 
     Raises:
       ValueError: there is no manifest.
@@ -342,7 +342,7 @@ def verify(out, log: Callable[[str], Any] = print) -> list[str]:
     if not labels_path.is_file() or (
         checksums.sha256(labels_path) != manifest['labels_sha256']
     ):
-        problems.append(f'{labels_path}: not the file of the manifest')
+        problems.append(f'{labels_path}: not the file that the manifest describes')
     else:
         labels = np.load(labels_path, allow_pickle=False)
     for shard in tqdm.tqdm(manifest['shards'], unit='shard', disable=None):

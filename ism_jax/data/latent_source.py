@@ -59,7 +59,7 @@ class LatentSource(source.Source):
             self.path / shard['name']: shard['bytes']
             for shard in self.manifest['shards']
         }
-        # The shards are too large to hash; `prepare_data --verify` does.
+        # The shards are too large to hash; `prepare_data --verify` hashes them.
         changed = [
             path
             for path, size in sizes.items()

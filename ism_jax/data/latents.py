@@ -1,16 +1,16 @@
 """The files of prepared latents: records, channel statistics and the manifest.
 
-A folder of ArrayRecord shards, with `manifest.json`, which describes them, and
+A folder holds ArrayRecord shards, `manifest.json`, which describes them, and
 `labels.npy`, the labels of all records in order. A record has no header:
 
     label            int32
     mean             [2, h, w, c]  of the autoencoder's posterior
     log_variance     [2, h, w, c]
 
-in the manifest's `dtype`, little-endian. The first of the two is of the image, the
-second of its mirror image: the autoencoder is not symmetric, so mirroring a latent does
-not give the latent of the mirror image. Means and log-variances are the encoder's own;
-the scaling factor (0.18215 for Stable Diffusion's autoencoder) is applied on reading.
+in the manifest's `dtype`, little-endian. Index 0 of the first axis is the image, index
+1 its mirror image: the autoencoder is not symmetric, so mirroring a latent does not
+give the latent of the mirror image. Means and log-variances are not scaled; the scaling
+factor (0.18215 for Stable Diffusion's autoencoder) is applied when they are read.
 """
 
 from collections.abc import Iterable
@@ -46,7 +46,7 @@ class Record(NamedTuple):
 class ChannelMoments:
     """Mean and standard deviation of latents per channel, over images and pixels.
 
-    Of posterior samples, so the posterior's variance is included. Sums are float64.
+    The moments are those of posterior samples. Sums are float64.
     """
 
     def __init__(self):
@@ -137,13 +137,13 @@ def read_manifest(folder) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-      ValueError: there is none, or it is damaged or of another version.
+      ValueError: it is missing, damaged or of another version.
     """
     path = Path(folder) / 'manifest.json'
     if not path.is_file():
         raise ValueError(
             f'{folder} holds no finished latents (no manifest.json); run `python -m '
-            'ism_jax.prepare_data` again, it resumes'
+            'ism_jax.prepare_data` again to resume'
         )
     try:
         manifest = json.loads(path.read_text())

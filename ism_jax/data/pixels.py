@@ -4,9 +4,9 @@ import numpy as np
 
 
 def to_uint8(images) -> np.ndarray:
-    """Converts images to 8 bits: clip(x, -1, 1), then (x + 1) 127.5, half to even.
+    """Converts images to 8 bits: clip(x, -1, 1), (x + 1) 127.5, rounded half to even.
 
-    -1 becomes 0 and 1 becomes 255. `to_float` is inverted exactly.
+    -1 becomes 0 and 1 becomes 255. It inverts `to_float` exactly.
 
     Args:
       images: floating in [-1, 1], any shape; uint8 is returned unchanged.

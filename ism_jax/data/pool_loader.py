@@ -1,9 +1,9 @@
 """Pools of batches from a source, read through Grain.
 
-The unit of training is a pool: K batches of M examples, over which transport couples.
-Pool p is a function of (seed, p) alone. It holds the positions p K M .. (p + 1) K M - 1
-of an endless stream of epochs, each a new permutation of the data. So a run resumes at
-any step, with any number of processes.
+Training reads pools of K batches of M examples; transport couples a whole pool. Pool p
+is a function of (seed, p) alone. It holds the positions p K M .. (p + 1) K M - 1 of an
+endless stream of epochs, each a new permutation of the data. So a run resumes at any
+step, with any number of processes.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ import numpy as np
 from ism_jax.data import pixels
 from ism_jax.data import source as source_lib
 
-# Keys of the random streams, beside those of the epochs 0, 1, ...
+# Keys of the random streams other than the epochs 0, 1, ...
 _FLIPS, _POSTERIORS, _CHUNKS, _WITHIN_POOLS = (2**64 - n for n in range(1, 5))
-# Grain needs an end, which no run reaches.
+# Grain needs a length; no run reaches this one.
 _END = 2**60
 _COINS_PER_BLOCK = 2**12
 # Seconds between two attempts to read an image; doubled after each.
@@ -49,16 +49,16 @@ class PoolLoader:
     hold several epochs of a small source. Each epoch draws new posterior samples of
     latents.
 
-    Grain maps, batches and prefetches, but does not shuffle. Its shuffle gives another
-    order, so runs of earlier versions could not resume, and takes 9 us per index; our
+    Grain maps, batches and prefetches, but does not shuffle. Its shuffle has another
+    order, which would break the resuming of earlier runs, and takes 9 us per index; our
     permutation of 1.28 million images takes 0.1 us per index.
 
     Args:
       source: see `ism_jax.data.source`.
       batches: K, the batches of a pool.
       batch_size: M, over all processes.
-      seed: of the order, the flips and the posteriors.
-      flip: mirror each image horizontally with probability 1/2, newly drawn in each
+      seed: seed of the order, the flips and the posterior samples.
+      flip: mirror each image horizontally with probability 1/2, independently in each
         epoch.
       classes_per_pool: about this many classes share a pool, each with about
         K M / classes_per_pool images, so that transport within a class has candidates;
@@ -103,12 +103,12 @@ class PoolLoader:
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch * batches
         )
-        # As many epochs and pools are kept as the threads may read from at once.
+        # Keeps as many epochs and pools as the threads may read from at once.
         epochs = num_threads * batch_size // self._size + 2
         self._order = functools.lru_cache(epochs)(self._order)
         self._deal = functools.lru_cache(num_threads // batches + 2)(self._deal)
         self._next_pool = 0
-        # Opened by the first `next`, so that a `seek` before it wastes no reading.
+        # Opened by the first `next`, so that a `seek` before it reads nothing unused.
         self._iterator = None
         self._closed = False
 
@@ -138,7 +138,7 @@ class PoolLoader:
         try:
             values, labels = next(self._iterator)
         except BaseException:
-            self._stop()  # Grain's iterator now stands within a pool.
+            self._stop()  # Grain's iterator is now inside a pool.
             raise
         shape = (self.batches, self._rows)
         chex.assert_shape((values, labels), [(*shape, *self.source.image_shape), shape])
@@ -153,7 +153,7 @@ class PoolLoader:
             self._next_pool = int(number)
 
     def get_state(self) -> dict[str, Any]:
-        """The position, 'next_pool', and the settings it belongs to, as JSON values."""
+        """The position, 'next_pool', and the settings that it needs, as JSON values."""
         return {
             'next_pool': self._next_pool,
             'batches': self.batches,
@@ -168,7 +168,7 @@ class PoolLoader:
         """Resumes at a position of `get_state`, with any number of processes.
 
         Raises:
-          ValueError: the data or settings differ; names the differences.
+          ValueError: the data or settings differ; the message lists the differences.
         """
         own = self.get_state()
         state = {'classes_per_pool': 0} | state  # Older checkpoints lack it.
@@ -196,7 +196,7 @@ class PoolLoader:
             self._iterator = None
 
     def _example(self, number: int) -> tuple[np.ndarray, np.int32]:
-        """Example `number` of this process, from all its rows of all batches."""
+        """Example `number` of this process, counted over its rows of all batches."""
         batch, row = divmod(int(number), self._rows)
         position = batch * self._batch_size + self._first_row + row
         index = self._index(position)
@@ -212,7 +212,7 @@ class PoolLoader:
             try:
                 return read()
             except OSError as error:
-                # Without a number it is an error of the file, not of the system.
+                # Without an errno the file is at fault, not the file system.
                 late = time.monotonic() - started + pause > self._retry_seconds
                 if error.errno is None or late or self._closed:
                     raise
@@ -228,7 +228,7 @@ class PoolLoader:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def _index(self, position: int) -> int:
-        """The image at a position of the stream."""
+        """Index of the image at a position of the stream."""
         if self._classes_per_pool:
             # Chunks of one class are consecutive, so each pool is shuffled again.
             size = self.batches * self._batch_size
@@ -254,8 +254,8 @@ class PoolLoader:
 def _words(seed: int, stream: int, count: int, start: int) -> np.ndarray:
     """[count] uint64 of a random stream, a function of its arguments.
 
-    A bit generator's output, which NumPy keeps in all versions, unlike that of
-    `Generator.permutation`.
+    They are the output of a bit generator, which NumPy keeps in all versions, unlike
+    that of `Generator.permutation`.
     """
     key = np.array([seed, stream], np.uint64)
     return np.random.Philox(key=key, counter=start).random_raw(count)
@@ -290,7 +290,7 @@ def _coin(seed: int, position: int) -> np.bool_:
 
 @functools.lru_cache(maxsize=64)
 def _coins(seed: int, block: int) -> np.ndarray:
-    """[_COINS_PER_BLOCK] coins, as a generator for each would take most of the time."""
+    """[_COINS_PER_BLOCK] coins at once; one generator per coin would be slow."""
     # Philox returns 4 words for each value of its counter.
     words = _words(seed, _FLIPS, _COINS_PER_BLOCK, block * _COINS_PER_BLOCK // 4)
     return (words & np.uint64(1)).astype(bool)
@@ -299,5 +299,5 @@ def _coins(seed: int, block: int) -> np.ndarray:
 def _posterior_generator(seed: int, position: int) -> np.random.Generator:
     """Generates the posterior sample at a position of the stream."""
     key = np.array([seed, _POSTERIORS], np.uint64)
-    # The lowest word counts the numbers of one example.
+    # The lowest word counts the random numbers of one example.
     return np.random.Generator(np.random.Philox(key=key, counter=position << 64))

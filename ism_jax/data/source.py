@@ -10,7 +10,7 @@ A source is a random-access collection of labelled images, as Grain reads it:
     source.image_shape       (H, W, C), the same for all images or latents
     source.class_names       one name per class, indexed by the labels
     source.skipped           unreadable images that were replaced, see `SkippedImages`
-    source.labels            [N] int32; TFDS has none, as every record would be read
+    source.labels            [N] int32; not for TFDS, where it would read all records
     repr(source)             identical for identical data, in any process; checkpoints
                              store it
 """
@@ -105,7 +105,7 @@ def decoding(name: str):
 
 
 def _printable(text) -> str:
-    """Text with control characters escaped, as a terminal would obey them."""
+    """Text with control characters escaped, which a terminal would interpret."""
     return ''.join(
         c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text)
     )

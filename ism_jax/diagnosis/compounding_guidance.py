@@ -1,10 +1,10 @@
 """Fault 1: the guidance of large steps compounds.
 
-The measure is the *effective guidance scale* of a step of N smallest ones: the scale
-g' in [-1, 64] at which the mean velocity of N smallest guided steps is nearest to that
-of the one large step, in least squares over a batch. The small steps start where the
-large step starts and follow their own path, so the estimate is exact for a step that
-*is* N guided steps, whatever the field.
+The measure is the *effective guidance scale* of a step as long as N finest steps: the
+scale g' in [-1, 64] at which the mean velocity of N guided finest steps is nearest to
+that of the one large step, in least squares over a batch. The small steps start where
+the large step starts and follow their own path, so the estimate is exact for a step
+that *is* N guided steps, for any field.
 
 `guidance_recursion` has the scales of perfectly trained networks.
 """
@@ -25,11 +25,11 @@ from ism_jax.diagnosis.subject import NUM_SAMPLES, Subject, step_sizes
 
 # Range of the search; proposition 1 predicts at most 17.
 MIN_SCALE, MAX_SCALE = -1.0, 64.0
-# A step of which guided small steps explain less has no effective scale.
+# A step of which guided small steps explain a smaller share has no effective scale.
 MIN_EXPLAINED = 0.5
-# w for networks that let it be chosen.
+# w for networks that are not trained for a single w.
 GUIDANCE = 1.5
-# g of the flow known in closed form.
+# g in the flow known in closed form.
 CLOSED_FORM_SCALE = 1.5
 ABOUT = dict(
     fault='Compounding guidance',
@@ -37,7 +37,7 @@ ABOUT = dict(
     good='the requested scale at every N',
     text='Classifier-free guidance of scale g pushes samples towards their class. A '
     'method that applies it again at every doubling of the step size trains a step of '
-    'N smallest steps with scale g to the power log2 N: 17 instead of 1.5 at N = 128.',
+    'N finest steps with scale g to the power log2 N: 17 instead of 1.5 at N = 128.',
 )
 
 
@@ -78,7 +78,7 @@ def effective_scale(
 
     def error(scale):
         difference = large_step - np.asarray(small_steps(scale), np.float64)
-        # Steps of far too large scales may overflow.
+        # Steps with far too large scales may overflow.
         return np.nan_to_num(np.mean(np.square(difference)), nan=np.inf)
 
     grid = np.concatenate([[MIN_SCALE, 0], np.geomspace(0.5, MAX_SCALE, 15)])
@@ -150,7 +150,7 @@ def diagnose(subject: Subject, closed_form: Mapping[str, Scales]) -> report.Sect
         **ABOUT,
         **judge(scales, 1 + w),
         figure=figure({'This network': (1 + w, {subject.method: scales})} | panels),
-        caption='Guidance scale at which N smallest steps are nearest to one step of '
+        caption='Guidance scale at which N finest steps are nearest to one step of '
         f'the same length. Hollow points: no scale from {MIN_SCALE:g} to '
         f'{MAX_SCALE:g} explains half of the step.',
     )
@@ -189,7 +189,7 @@ def figure(panels: Mapping[str, tuple[float, Mapping[str, Scales]]]) -> bytes:
     Args:
       panels: title -> (requested scale, {name of a line: {N: its scale}}).
     """
-    x, y = 'step size in smallest steps, N', 'effective guidance scale g'
+    x, y = 'step size in finest steps, N', 'effective guidance scale g'
     titles = [(title, x, y) for title in panels]
     canvas, axes = figure_axes.panels(titles, [5.7] * len(panels))
     for ax, (requested, curves) in zip(axes, panels.values(), strict=True):

@@ -29,7 +29,7 @@ ABOUT = dict(
 
 
 def trajectory(velocity, noise, w, label, times, steps) -> jax.Array:
-    """The path of the sampler from its noise on, [N + 1, B, H, W, C].
+    """The sampler's path, starting at the noise, [N + 1, B, H, W, C].
 
     `times` and `steps`, [N], are the start times and sizes of its steps.
     """
@@ -44,7 +44,7 @@ def trajectory(velocity, noise, w, label, times, steps) -> jax.Array:
 
 
 def path_length_ratio(path) -> np.ndarray:
-    """Length of each path over the distance between its ends, [B].
+    """Length of each path divided by the distance between its ends, [B].
 
     It is 1 for a straight path and pi / 2 for a half circle.
 
@@ -57,7 +57,7 @@ def path_length_ratio(path) -> np.ndarray:
 
 
 def straightness(path, steps: Sequence[float]) -> float:
-    """S = mean over t and samples of ||(x1 - x0) - v||^2 per value; 0 is straight.
+    """S = mean over t, samples and values of ((x1 - x0) - v)^2; 0 is straight.
 
     Rectified flow (Liu et al., arXiv 2209.03003), section 2.2, divided by the number of
     values of a sample.
@@ -165,7 +165,7 @@ def crossing_rates(subject: Subject) -> dict[str, float]:
 
 
 def sampling_path(subject: Subject, num: int, w: float):
-    """The path of `num` samples in smallest steps, and the sizes [N] of the steps."""
+    """The path of `num` samples in finest steps, and the sizes [N] of the steps."""
     base_steps = subject.objective.base_steps
     schedule = time_grid.dyadic_schedule(base_steps, base_steps)
     grid = time_grid.times_and_sizes(schedule, base_steps)

@@ -22,9 +22,9 @@ class Line(NamedTuple):
 
     Attributes:
       name: written beside the last point.
-      x, y: of its points.
-      colour: of the line and its name.
-      style: of matplotlib.
+      x, y: coordinates of its points.
+      colour: colour of the line and its name.
+      style: matplotlib format of the line.
     """
 
     name: str
@@ -38,8 +38,8 @@ def panels(titles: Sequence[tuple[str, str, str]], widths: Sequence[float]):
     """A figure and its axes, side by side.
 
     Args:
-      titles: of each panel, of its x axis and of its y axis.
-      widths: of the panels, in inches.
+      titles: titles of each panel, of its x axis and of its y axis.
+      widths: widths of the panels, in inches.
     """
     figure = figures.Figure(
         figsize=(sum(widths), 3.9), dpi=_DPI, facecolor='white', layout='constrained'
@@ -69,7 +69,7 @@ def draw_lines(ax, lines: Sequence[Line], labels: Sequence[Line] = ()) -> None:
     """Draws lines that end at the same x, with their names beside their last points.
 
     Names that would overlap are moved apart. `labels` are more lines that get a name
-    but are not drawn. Scales must be set before.
+    but are not drawn. Set the scales of the axes before.
     """
     for line in lines:
         ax.plot(
@@ -84,7 +84,7 @@ def draw_lines(ax, lines: Sequence[Line], labels: Sequence[Line] = ()) -> None:
     spots = list(wanted)
     for i in range(1, len(spots)):
         spots[i] = max(spots[i], spots[i - 1] + gap)
-    # Down again by the mean shift, but not out of the axes.
+    # All names move by the mean shift, but stay inside the axes.
     shift = np.mean(np.subtract(spots, wanted))
     shift = min(max(shift, spots[-1] - high), spots[0] - low)
     for line, spot in zip(lines, np.subtract(spots, shift), strict=True):

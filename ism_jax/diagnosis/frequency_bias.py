@@ -26,8 +26,8 @@ def radial_power(images) -> tuple[np.ndarray, np.ndarray]:
 
     The power is |FFT|^2 / (H W): white noise of variance 1 has power 1 at every
     frequency. Rings are 1 / min(H, W) cycles per pixel wide. Corners beyond the highest
-    frequency of an axis are left out. There is no window: samples and data wrap around
-    alike.
+    frequency of an axis are left out. No window is applied: samples and data wrap
+    around alike.
 
     Args:
       images: [N, H, W, C].
@@ -95,7 +95,7 @@ def diagnose(subject: Subject, num: int) -> report.Section:
     low, _ = subject.guidance_range
     images = subject.data[:num]
     frequencies, power = radial_power(images)
-    # Half as many images as samples, and both vary: a factor of sqrt(2) each.
+    # With half as many images as the samples, the halves differ by sqrt(2) more.
     halves = [radial_power(images[i::2])[1] for i in (0, 1)]
     chance = np.abs(log_ratio(*halves)) / math.sqrt(2)
     high_chance = np.mean(chance[frequencies > frequencies[-1] / 2])
@@ -129,10 +129,10 @@ def diagnose(subject: Subject, num: int) -> report.Section:
         }[grade],
         grade=grade,
         figure=figure(frequencies, power, spectra, level_ratios, chance),
-        caption=f'{len(images)} samples at w = {report.number(low)} against as many '
-        'images of the same classes. Shaded: the upper half of the frequencies, over '
-        'which the number is the mean. Grey band: the difference between two sets of '
-        'data by chance.',
+        caption=f'{len(images)} samples at w = {report.number(low)} against the same '
+        'number of images of the same classes. Shaded: the upper half of the '
+        'frequencies, over which the number is averaged. Grey band: the difference '
+        'between two random sets of data.',
     )
 
 

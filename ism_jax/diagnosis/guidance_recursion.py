@@ -6,19 +6,19 @@ A shortcut model whose targets apply guidance of scale g at every doubling (iSM,
     s_2d(c) = 1/2 [ G(s_d)(x_t, t) + G(s_d)(x', t + d) ],  x' = x_t + d G(s_d)(x_t, t),
     G(s) = s(null) + g (s(c) - s(null)),  s_2d(null) the same without guidance,
 
-moves in a step of N smallest steps like the mean of N smallest guided steps of scale
-g ** log2(N).
+moves in a step as long as N finest steps like the mean of N guided finest steps of
+scale g ** log2(N).
 
 *Where it is exact.* Let v(null) be affine in x, and v(c) - v(null) a function of t
 alone. By induction each s_d(c) - s_d(null) is a function of t alone too, each doubling
 multiplies it by g, and both sides are null plus g ** log2(N) times the difference of
-the unguided maps. (The source assumes that it is constant along the path, a special
+the unguided maps. (The paper assumes that it is constant along the path, a special
 case.) In the Gaussian flow of `ism_jax.method.gaussian_flow` that is class_std =
 data_std.
 
 *Where it is not.* With class_std < data_std the difference shrinks along a guided path.
 Small steps follow that path. A large step extrapolates from its start and does not, so
-small steps need a still larger scale to get as far. Measured at g = 1.5 by
+small steps need an even larger scale to reach its end. Measured at g = 1.5 by
 `python -m ism_jax.diagnose compounding`:
 
     N                          2      8      32     64      128
@@ -57,12 +57,12 @@ RECURSIONS = {'SM, all levels': 'all', 'SM, finest': 'finest', 'iSM': 'velocity'
 def shortcut_velocity(field, x, t, label, null, steps, base_steps, scale, guided):
     """Mean velocity of one step of a perfectly trained shortcut model, [B, H, W, C].
 
-    Carries out the recursion of proposition 1, with 2 N log2(N) evaluations of the
-    field for a step of N smallest ones. N = `steps` is a power of two.
+    Evaluates the recursion of proposition 1, with 2 N log2(N) evaluations of the field
+    for a step as long as N finest steps. N = `steps` is a power of two.
 
     `guided` is where guidance is applied: in the targets of 'all' doublings, in those
     of the 'finest' doubling alone (as in the official code), or in the 'velocity' of
-    the smallest step and in no doubling (iSM).
+    the finest step and in no doubling (iSM).
     """
     null_label = jnp.full_like(label, null)
 
@@ -130,7 +130,7 @@ def closed_form_scales(class_std: float = DATA_STD) -> dict[str, Scales]:
 
 
 def scale_table(columns: Mapping[str, Scales], scale: float) -> str:
-    """Text table of effective scales over N, with '~' before those that are unclear."""
+    """Text table of effective scales over N; '~' marks unclear ones."""
     rows = [['N', 'g ** log2 N', *columns]]
     for n in sorted(next(iter(columns.values()))):
         found = [column[n] for column in columns.values()]

@@ -1,7 +1,7 @@
 """Fault 2: the guidance scale is fixed in training.
 
 The measure is how far samples move as w grows, with the noise and labels fixed, against
-classifier-free guidance (CFG) in smallest steps of the same network.
+classifier-free guidance (CFG) in finest steps of the same network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from ism_jax.sampling import image_grid
 
 NUM_GUIDANCES = 8
 STEP_COUNTS = (1, 4)
-# Samples in the figure, and at which of the guidance scales.
+# Samples in the figure, and the indices of their guidance scales.
 NUM_SHOWN, SHOWN = 5, (0, 2, 4, 7)
 ABOUT = dict(
     fault='Inflexible guidance',
@@ -37,7 +37,7 @@ def guidance_response(samples) -> tuple[np.ndarray, float]:
     """How samples move as w grows.
 
     Args:
-      samples: [G, B, H, W, C] of the same noise and labels at G rising w.
+      samples: [G, B, H, W, C] of the same noise and labels at G increasing w.
 
     Returns:
       The RMS distance per value from the samples at the lowest w, [G], and the share of
@@ -67,7 +67,7 @@ def displacement_agreement(samples, reference) -> tuple[float, float]:
 
 
 def cfg_samples(subject: Subject, guidances: Sequence[float], num: int) -> np.ndarray:
-    """Samples by smallest steps with CFG of scale 1 + w, [G, num, H, W, C]."""
+    """Samples in finest steps with CFG of scale 1 + w, [G, num, H, W, C]."""
     _, _, label = subject.pairs(num)
     noise = subject.sampler_noise(num)
     t = jnp.full(label.shape, subject.objective.start_time)
@@ -120,7 +120,7 @@ def diagnose(subject: Subject) -> report.Section:
         grade=grade,
         figure=figure(guidances, distances, images),
         caption='RMS distance per value (black to white is 2) of samples from those at '
-        'the lowest w, with the same noise and labels. Dashed: smallest steps of the '
+        'the lowest w, with the same noise and labels. Dashed: finest steps of the '
         'same network with CFG of scale 1 + w.'
         + (f' Right: samples in {name}.' if images else ''),
     )
@@ -142,14 +142,14 @@ def figure(guidances: Sequence[float], distances, images) -> bytes:
     """PNG of how far samples move as w grows, and of some samples.
 
     Args:
-      guidances: [G] w, rising.
+      guidances: [G] w, increasing.
       distances: name -> [G] RMS distance from the samples at the lowest w; CFG first.
       images: w -> [B, H, W, C] samples of the same noise; may be empty.
     """
     x = 'guidance scale w'
     titles = [('Response to guidance', x, 'RMS distance from lowest w')]
     if images:
-        titles.append(('The same noise at rising w', x, ''))
+        titles.append(('The same noise at increasing w', x, ''))
     canvas, axes = figure_axes.panels(titles, [6.2, 5.4][: len(titles)])
     ax, top = axes[0], max(1e-3, *map(max, distances.values()))
     ax.set_ylim(-0.02 * top, 1.12 * top)

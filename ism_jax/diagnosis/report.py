@@ -1,4 +1,4 @@
-"""Sections of the report, their numbers in words, and the HTML page."""
+"""Sections of the report, formatted numbers, and the HTML page."""
 
 import base64
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class Section(NamedTuple):
 
     Attributes:
       fault: name of the fault.
-      question: what is asked, in one sentence.
+      question: the question that it answers.
       good: what a good value is.
       text: an explanation for newcomers, in two or three sentences.
       number: what was measured.

@@ -127,7 +127,7 @@ def diagnose(subject: Subject) -> report.Section:
 
 def judge(error: float, lag: float) -> tuple[report.Grade, str]:
     """Grade and verdict of the mean error and the lag of the target EMA's outputs."""
-    # A target that is off by more than the error that it teaches is the fault itself.
+    # A target that is off by more than the error is a fault too.
     grade = report.grade(max(error, lag), 0.1, 0.3)
     if grade == 'poor' and error < 0.3:
         return grade, 'the target EMA lags far behind'

@@ -11,9 +11,9 @@ from ism_jax.method import interpolant, time_grid
 from ism_jax.objectives.base import BaseObjective
 from ism_jax.sampling.sampler import Sampler
 
-# The paper's largest w, where the method itself sets no limit.
+# The paper's largest w, used where the method sets no limit.
 MAX_GUIDANCE = 3.5
-# For measures that take many steps of few samples.
+# For measures that sample few images in many steps.
 NUM_SAMPLES = 64
 
 
@@ -30,7 +30,7 @@ class Subject(NamedTuple):
       noise, data: pairs as in training, [n, H, W, C].
       label: [n].
       pool_size: number of pairs that were coupled together; the first pool comes first.
-      coupling: how the pairs were made, in words.
+      coupling: description of how the pairs were made.
       seed: seed of every random choice.
     """
 
@@ -48,7 +48,7 @@ class Subject(NamedTuple):
 
     @property
     def guidance_range(self) -> tuple[float, float]:
-        """Lowest and highest w to measure at."""
+        """Lowest and highest w to measure."""
         low, high = self.objective.guidance_range
         return low, min(high, max(low, MAX_GUIDANCE))
 
@@ -67,12 +67,12 @@ class Subject(NamedTuple):
         return self.apply(self.parameter_sets['infer'], x, t, d, w, label)
 
     def field(self, x, t, label, w: float = 0.0) -> jax.Array:
-        """Velocity of the smallest step, as an instantaneous velocity."""
+        """Velocity of the finest step, as an instantaneous velocity."""
         d = jnp.full_like(t, 1 / self.objective.base_steps)
         return self.velocity(x, t, d, jnp.full_like(t, w), label)
 
     def field_scale(self) -> float:
-        """Guidance scale that `field` has already: 1, or 1 + w where w is fixed."""
+        """Scale g of the guidance already in `field`: 1, or 1 + w where w is fixed."""
         low, high = self.objective.guidance_range
         if low != high or not low:
             return 1.0
@@ -104,15 +104,15 @@ class Subject(NamedTuple):
 
 
 def step_sizes(base_steps: int) -> list[int]:
-    """N = 1, 2, 4, ..., base_steps: step sizes in smallest steps."""
+    """N = 1, 2, 4, ..., base_steps: step sizes in units of the finest step."""
     return [2**level for level in range(time_grid.num_levels(base_steps) + 1)]
 
 
 def step_starts(rng, noise, data, steps, base_steps, after=0.0, start_time=0.0):
-    """Points on straight paths at which steps of N smallest ones start.
+    """Points on straight paths at which steps as long as N finest steps start.
 
-    Start times are uniform on the multiples of N smallest steps, of steps that end
-    later than `after`. A step loses its part before `start_time`, where the method's
+    Start times are uniform on the multiples of N finest steps, for steps that end
+    later than `after`. A step is cut to its part after `start_time`, where the method's
     time begins.
 
     Returns:

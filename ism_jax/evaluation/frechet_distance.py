@@ -52,7 +52,7 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Squared Frechet distance between the Gaussians fitted to two sets of features.
 
-    It is biased upwards for few samples: compare only values of equally many.
+    It is biased upwards for few samples: compare only values from the same number.
     """
     return gaussian_distance(
         first.mean, first.covariance(), second.mean, second.covariance()
@@ -64,8 +64,8 @@ def gaussian_distance(mean1, covariance1, mean2, covariance2) -> float:
 
     With factors S = L L^T, from the eigenvectors whose eigenvalues exceed rounding,
     tr (S1 S2)^(1/2) is the sum of the singular values of L1^T L2. Singular covariances
-    (fewer samples than features) thus need no offset on the diagonal, and no rounding
-    error is rooted: the root of an eigenvalue of 1e-16 would be 1e-8.
+    (fewer samples than features) thus need no offset on the diagonal, and no square
+    root is taken of a rounding error, which would turn 1e-16 into 1e-8.
 
     Means are [F], covariances [F, F], symmetric and positive semi-definite. Rounding
     below 0 is clipped to 0.
@@ -87,7 +87,7 @@ def _factor(covariance, num_features):
     covariance = np.asarray(covariance, np.float64)
     chex.assert_shape(covariance, (num_features, num_features))
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    # The customary bound on the rounding of eigh, as in np.linalg.matrix_rank.
+    # The usual bound on the rounding of eigh, as in np.linalg.matrix_rank.
     rounding = num_features * np.finfo(np.float64).eps * max(values[-1], 0.0)
     # A covariance computed in float32 has eigenvalues down to about -1e-7 of the
     # largest; an NPZ file may hold anything.

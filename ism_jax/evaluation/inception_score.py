@@ -17,7 +17,7 @@ def inception_score(
     """Mean and standard deviation of the score over splits of the samples.
 
     The score grows with the samples per split, up to about 5,000: compare only values
-    of equally many.
+    from the same number of samples.
 
     Args:
       logits: [N, K], of any floating type; see `models.inception`.

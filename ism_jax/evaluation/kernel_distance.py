@@ -30,7 +30,7 @@ def kernel_distance(
       subsets: number of pairs of subsets.
       subset_size: m, samples of each subset, drawn without replacement; at least 2 and
         at most min(N, M).
-      seed: of the subsets.
+      seed: seed of the subsets.
     """
     features = [np.asarray(first), np.asarray(second)]
     chex.assert_equal_shape_suffix(features, 1)

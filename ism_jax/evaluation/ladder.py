@@ -1,7 +1,7 @@
 """The table and the figure of an ablation, from its records.
 
-A record is one number of sampling steps of one run: a dict with `recipe`, `seed`,
-`steps`, `fd`, `accuracy` and `train_minutes`.
+A record has the scores of one run at one number of sampling steps: a dict with
+`recipe`, `seed`, `steps`, `fd`, `accuracy` and `train_minutes`.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
     """A Markdown table with a row per recipe and a column per number of steps.
 
     Args:
-      records: of the ablation.
+      records: records of the ablation.
       recipes: recipes in the order of the rows; others follow in alphabetical order.
     """
     distance, accuracy = (summarize(records, field) for field in ('fd', 'accuracy'))
@@ -82,9 +82,9 @@ def plot(
     """A figure of the ladder (left) and of the systems by sampling steps (right).
 
     Args:
-      records: of the ablation.
+      records: records of the ablation.
       rungs: recipes of the ladder, in order.
-      systems: recipes that are compared over the number of steps, besides 'ism'.
+      systems: recipes to compare with 'ism' over the number of steps.
     """
     distance = summarize(records, 'fd')
     steps = sorted({record['steps'] for record in records})

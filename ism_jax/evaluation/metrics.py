@@ -8,7 +8,7 @@
     fd_dinov2         Frechet distance of DINOv2's features
     fd_efficientnet   Frechet distance of EfficientNet-Lite0's features
 
-A score is recorded under the name of its network. 'FID' is of the published Inception
+A score is recorded under the name of its network. 'FID' means the published Inception
 weights alone; with other weights it is 'FD-<name>', and the other scores get that name
 too.
 """
@@ -66,7 +66,7 @@ def networks(names: Sequence[str]) -> list[str]:
     """Names of the networks that the metrics need, each once.
 
     Raises:
-      ValueError: an unknown metric, or none.
+      ValueError: an unknown metric, or no metric.
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
@@ -80,8 +80,8 @@ class MetricSet:
     """Metrics, with the networks and the real images that they need.
 
     Attributes:
-      names: of the metrics, keys of `METRICS`.
-      networks: by the names of `networks(names)`.
+      names: names of the metrics, keys of `METRICS`.
+      networks: the networks by name.
       references: statistics of the real images, for each network.
     """
 
@@ -90,11 +90,11 @@ class MetricSet:
     references: Mapping[str, reference_statistics.Reference]
 
     def check(self, num_samples: int) -> None:
-        """Refuses, before any sampling, what could not be scored afterwards.
+        """Checks, before any sampling, that the samples can be scored.
 
         Raises:
-          ValueError: too few samples or real images, or a reference without what a
-            metric needs.
+          ValueError: there are too few samples or real images, or the reference lacks
+            what a metric needs.
         """
         for name in self.names:
             metric = METRICS[name]
@@ -132,7 +132,7 @@ class MetricSet:
         """The scores of samples.
 
         Args:
-          features: of all samples, as of `extract`.
+          features: features of all samples, as from `extract`.
 
         Returns:
           Scores by the names under which they are recorded. 'is' and 'kid' also give

@@ -13,9 +13,9 @@ def write(path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays and the key that identifies them; warns if it cannot.
 
     Args:
-      path: of the file.
+      path: the file.
       key: hash of everything that the arrays depend on.
-      arrays: by name; 'key' is reserved.
+      arrays: arrays by name; 'key' is reserved.
     """
     try:
         files.write_npz(path, key=np.array(key), **arrays)
@@ -45,7 +45,7 @@ def read(path, key: str) -> dict[str, np.ndarray] | None:
         problem = f'{type(error).__name__}: {error}'
     if problem:
         warnings.warn(
-            f'{path} cannot be used ({problem}): it is recomputed and replaced',
+            f'{path} cannot be used ({problem}): recomputing and replacing it',
             stacklevel=3,
         )
         return None

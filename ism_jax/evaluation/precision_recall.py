@@ -7,8 +7,8 @@ the manifold of the real images, recall the fraction of real images in the manif
 the samples (equation 2).
 
 Computed in blocks in float32 on the accelerator, from features minus their common mean.
-Squared distances are exact to about 1e-6 of the squared norms of these, so only points
-that close to the surface of a manifold can be misclassified.
+Squared distances are exact to about 1e-6 of the squared norms of these differences, so
+only points that close to the surface of a manifold can be misclassified.
 """
 
 from typing import NamedTuple
@@ -33,15 +33,15 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision and recall of samples.
 
-    Both depend on the numbers of points: compare only values of equally many (ADM takes
-    50,000 samples and 10,000 real images).
+    Both depend on the numbers of points: compare only values from the same numbers (ADM
+    takes 50,000 samples and 10,000 real images).
 
     Args:
       samples: [N, F] features of samples, of any floating type, N > k.
       real: [M, F] features of real images, M > k.
       neighbours: k.
       block_size: side of a block of distances, float32. One block at a time is in
-        memory, beside both sets of features.
+        memory, in addition to both sets of features.
     """
     sets = [np.asarray(samples), np.asarray(real)]
     chex.assert_equal_shape_suffix(sets, 1)
@@ -79,7 +79,7 @@ def _blocks(features, block_size) -> jax.Array:
 def _radii(blocks, count, neighbours) -> jax.Array:
     """[blocks, block_size]: squared distance to the k-th nearest other point.
 
-    Negative for padding, so that nothing lies within it.
+    Negative for padding, so that nothing lies within its radius.
     """
     block_size = blocks.shape[1]
     out = []

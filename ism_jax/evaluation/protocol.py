@@ -63,7 +63,7 @@ def sample_labels(kind: str, count: int, num_classes: int, seed: int) -> np.ndar
         one; 'uniform' for random labels, as in ADM.
       count: number of samples.
       num_classes: number of classes.
-      seed: of 'uniform'.
+      seed: seed for 'uniform'.
     """
     if kind == 'balanced':
         return np.arange(count, dtype=np.int32) % num_classes
@@ -124,13 +124,13 @@ def evaluate_settings(
       params: inference EMA parameters.
       sampler: draws the samples.
       metric_set: scores them.
-      description: of the network, for the record and the hash; JSON values.
+      description: description of the network, for the record and the hash; JSON values.
       num_classes: number of classes.
       steps: numbers of sampling steps.
       guidance: guidance scales w.
       samples: number of samples of each setting.
       labels: one of `LABELS`, see `sample_labels`.
-      seed: of the noise, the same for each setting, and of random labels.
+      seed: seed of the noise, the same for each setting, and of random labels.
       out: folder of the evaluation.
       keep: which of `KEEP` to write.
       process_index: this process; process 0 scores.
@@ -140,7 +140,7 @@ def evaluate_settings(
 
     Returns:
       The records of these settings, see `write_records`. None if chunks of other
-      processes are missing, or process 0 is to score them.
+      processes are missing, or if process 0 scores them.
 
     Raises:
       ValueError: a metric cannot be computed, or a sample holds NaN.
@@ -158,7 +158,7 @@ def evaluate_settings(
             continue
         chunks = sample_chunks.Chunks(folder, label, size, keep_images=bool(keep))
         chunks.discard_unusable()
-        # Shifted, so that settings of few chunks occupy all processes.
+        # Shifted, so that settings with few chunks occupy all processes.
         turn = (process_index - shift) % process_count
         own = [i for i in chunks.missing() if i % process_count == turn]
         _draw(chunks, own, setting, params, sampler, metric_set, samples, seed)
@@ -173,7 +173,7 @@ def evaluate_settings(
         if not wait:
             log(
                 f'{incomplete} of {len(settings)} settings wait for other processes, '
-                'or for process 0 to score them; run it again when all have ended'
+                'or for process 0 to score them; run it again when all have finished'
             )
         return None
     by_folder = {record['cell']: record for record in write_records(out)}
@@ -186,7 +186,7 @@ def evaluate_images(
     """The record of images of any origin.
 
     Args:
-      images: of `evaluation.real_images.open_images`.
+      images: images from `evaluation.real_images.open_images`.
       metric_set: scores them.
       log: called with progress messages.
 
@@ -281,7 +281,7 @@ def _extend(description, sampler, metric_set, samples, labels, seed) -> dict:
 
 
 def _fields(setting) -> dict:
-    """A setting as in its record and in its hash."""
+    """A setting as it is in its record and its hash."""
     return {
         'steps': setting.steps,
         'guidance': setting.guidance,

@@ -26,7 +26,7 @@ from ism_jax.data import folder_source, image_crop
 from ism_jax.data.source import CorruptImageError, Source
 from ism_jax.runtime import checksums
 
-THREADS = 8  # Decoding releases Python's lock.
+THREADS = 8  # Decoding releases the GIL.
 
 
 def open_images(origin, *, image_size: int | None = None):
@@ -36,7 +36,7 @@ def open_images(origin, *, image_size: int | None = None):
       origin: an NPZ file with `arr_0`, uint8 [N, H, W, 3] (ADM's layout); a folder of
         image files, with or without subfolders; or a source of `ism_jax.data.sources`.
       image_size: side to which images of a folder are cropped and resized as in ADM;
-        None if they are squares of one size, which is kept. Ignored for other origins.
+        None to keep their size, which is then one square. Ignored otherwise.
 
     Raises:
       ValueError: `origin` is none of these, or holds no such images.
@@ -75,11 +75,11 @@ class FolderImages:
     """Image files below a folder, as RGB, sorted by name.
 
     Args:
-      path: of the folder; names that begin with a dot are skipped.
+      path: the folder; names that begin with a dot are skipped.
       image_size: see `open_images`.
 
     Raises:
-      ValueError: no images, or no `image_size` although the first is not square.
+      ValueError: no images, or no `image_size` although the first is not a square.
     """
 
     def __init__(self, path, image_size: int | None = None):
@@ -214,17 +214,17 @@ def _check_size(path, size, side) -> None:
     if size != (side, side):
         raise ValueError(
             f'{path} is {size[0]}x{size[1]}, not {side}x{side}: crop and resize all '
-            'images to one square size first (image_size does so)'
+            'images to one square size first (image_size does this)'
         )
 
 
 @contextlib.contextmanager
 def _image(path):
-    """An open image file; any failure to read it is a `CorruptImageError`."""
+    """An open image file; any failure to read it raises a `CorruptImageError`."""
     try:
         with Image.open(path) as image:
             yield image
-    except Exception as error:  # Pillow raises nearly anything.
+    except Exception as error:  # Pillow raises many types.
         raise CorruptImageError(
             f'{path} cannot be read as an image ({error}); repair or remove it'
         ) from error

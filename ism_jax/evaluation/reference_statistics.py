@@ -22,7 +22,7 @@ from ism_jax.runtime import checksums
 _VERSION = 1
 # The network outputs that statistics are computed of, and their names in ADM's files.
 _OUTPUTS = {'features': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}
-KEPT_FEATURES = 10_000  # As many real images as ADM's recall is measured with.
+KEPT_FEATURES = 10_000  # ADM measures recall with as many real images.
 _BATCH = 512  # Images read at once.
 _LOG_EVERY = 30.0  # Seconds.
 
@@ -38,7 +38,7 @@ class Reference:
         distance; None if only statistics are known.
       count: number of images behind the statistics; None if a file does not state it.
       key: hash of the images, the network and its preprocessing, recorded with scores.
-      description: of the images, for the record.
+      description: description of the images, for the record.
     """
 
     moments: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -53,7 +53,7 @@ class Reference:
         """Frechet distance of samples to these images.
 
         Args:
-          statistics: of the samples, of the same output.
+          statistics: statistics of the samples for the same output.
           output: 'features', or 'spatial' for sFID.
         """
         return frechet_distance.gaussian_distance(
@@ -72,7 +72,7 @@ def load_or_compute(
 ) -> Reference:
     """The reference of real images, from the cache or computed.
 
-    A damaged cache file or a read-only cache folder causes a warning and a computation.
+    A damaged cache file or a read-only cache folder causes a warning and recomputation.
 
     Args:
       origin: see `real_images.open_images`; or an NPZ file of statistics.

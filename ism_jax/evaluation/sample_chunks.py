@@ -23,7 +23,7 @@ class Chunks:
     """The chunks of one folder.
 
     Args:
-      folder: of the files; created with the first.
+      folder: folder of the files; created with the first file.
       labels: [N], of all samples.
       size: samples per chunk; the last may have fewer.
       keep_images: whether chunks hold the images too.
@@ -58,7 +58,7 @@ class Chunks:
         """Samples and writes one chunk.
 
         Args:
-          index: of the chunk.
+          index: index of the chunk.
           sample: (index of the first sample, labels [n]) -> batches of (images
             [b, H, W, C] in [-1, 1], labels [b]).
           extract: uint8 images -> features [b, ...] by name.
@@ -91,7 +91,7 @@ class Chunks:
                 usable = False  # Damaged bytes surface as many kinds of error.
             if not usable:
                 warnings.warn(
-                    f'{path} is damaged or incomplete: it is recomputed', stacklevel=2
+                    f'{path} is damaged or incomplete: recomputing it', stacklevel=2
                 )
                 path.unlink()
 

@@ -20,7 +20,7 @@ def write_npz(
     """Writes an NPZ file in ADM's layout atomically, without loading all samples.
 
     Args:
-      folder: to write to.
+      folder: the folder to write to.
       parts: yields (images uint8 [n, H, W, 1 or 3], labels [n]), the same at each call;
         grey becomes three equal channels.
 
@@ -57,7 +57,7 @@ def write_pngs(
     """Writes `00000000.png`, `00000001.png`, ... in the order of the samples.
 
     Args:
-      folder: to write to; it should hold no other files.
+      folder: the folder to write to; it should hold no other files.
       parts: see `write_npz`.
     """
     number = 0

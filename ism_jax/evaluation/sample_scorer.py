@@ -33,7 +33,7 @@ class SampleScorer:
       source: real images, see `ism_jax.data.sources`.
       sampler: draws the samples.
       cache_dir: folder of the classifier's file.
-      seed: of the samples' noise and of the choice of real images.
+      seed: seed of the samples' noise and of the choice of real images.
       log: called with progress messages.
 
     Attributes:
@@ -98,16 +98,16 @@ class SampleScorer:
         return {'steps': steps, 'guidance': guidance} | self.score(batches)
 
     def score(self, batches: Iterable[tuple]) -> dict[str, float | int]:
-        """The scores of all images together, rounded to 8 bits as real images are.
+        """The scores of all images together, rounded to 8 bits like the real images.
 
         Args:
-          batches: of images [b, H, W, C] in [-1, 1] or uint8, and labels [b].
+          batches: batches of images [b, H, W, C] in [-1, 1] or uint8, and labels [b].
 
         Returns:
           `fd`, the squared Frechet distance to the reference; `accuracy`, the fraction
-          classified as their label; `samples`, their number. If the model diverged, a
-          score must not end its training: an image with NaN counts as misclassified,
-          makes `fd` NaN and causes a warning.
+          classified as their label; `samples`, their number. An image with NaN counts
+          as misclassified, makes `fd` NaN and causes a warning, not an error, so that a
+          diverged model does not stop its training.
         """
         statistics = frechet_distance.FeatureStatistics(self._statistics.num_features)
         samples = num_nan = correct = 0
@@ -167,11 +167,11 @@ def score_settings(
 ) -> list[dict]:
     """Scores every pair of steps and guidance, and writes and logs the results.
 
-    They are added to `scores.json`, where they replace earlier records of the same
-    steps, guidance, number of samples and `trained_steps`.
+    The results are added to `scores.json`, where they replace earlier records of the
+    same steps, guidance, number of samples and `trained_steps`.
 
     Args:
-      scorer: of the run.
+      scorer: the run's scorer.
       params: inference EMA parameters.
       trained_steps: training steps of `params`.
       steps: numbers of sampling steps.
@@ -208,7 +208,7 @@ def _round(images):
 
 
 def _without_nan(images):
-    """[B] bool."""
+    """Whether each image has no NaN, [B] bool."""
     if images.dtype == np.uint8:
         return np.ones(len(images), bool)
     values = images.astype(np.float32).reshape(len(images), -1)

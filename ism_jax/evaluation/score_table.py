@@ -1,4 +1,4 @@
-"""Tables of scores for the terminal: of the small classifier, and of the metrics."""
+"""Score tables for the terminal: of the small classifier, and of the metrics."""
 
 from collections.abc import Mapping, Sequence
 import math
@@ -53,7 +53,7 @@ def metrics_table(records: Sequence[Mapping]) -> str:
     """Markdown: a row for each record, then what the scores depend on.
 
     Args:
-      records: of `protocol.write_records`, or one of `protocol.evaluate_images`.
+      records: from `protocol.write_records`, or one of `protocol.evaluate_images`.
     """
     names = [n for n in records[0]['scores'] if not n.endswith('deviation')]
     of_a_run = 'steps' in records[0]
@@ -92,10 +92,10 @@ def metrics_table(records: Sequence[Mapping]) -> str:
 
 
 def _number_format(field, values):
-    """A function that formats the numbers of a block, with equally many decimals."""
+    """A function that formats the numbers of a block, all with the same decimals."""
     if field == 'accuracy':
         return lambda value: f'{100 * value:.1f}%'
-    # Three digits of the smallest value, so that good scores can be told apart.
+    # Three digits of the smallest value, so that good scores can be distinguished.
     smallest = min((v for v in values if math.isfinite(v) and v > 0), default=1)
     decimals = min(max(2 - math.floor(math.log10(smallest)), 1), 4)
     return lambda value: f'{value:.{decimals}f}'

@@ -48,7 +48,7 @@ def load(path: str, dtype: str = 'float32') -> tuple[vae.Autoencoder, Any]:
       path: a folder in the layout of diffusers, a safetensors file (of Stable
         Diffusion's autoencoder, unless a `config.json` lies beside it), or a hub id
         such as 'stabilityai/sd-vae-ft-mse'.
-      dtype: of the computation.
+      dtype: dtype of the computation.
 
     Raises:
       ValueError: the path does not exist, a file is damaged, or the tensors are not
@@ -155,7 +155,7 @@ def params_from_tensors(
 
     Args:
       tensors: {name: array}, as PyTorch stores them.
-      autoencoder: their network.
+      autoencoder: the network of the tensors.
       source: description of the file, for messages.
 
     Raises:

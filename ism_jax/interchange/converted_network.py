@@ -12,11 +12,11 @@ OPTIONAL = ('step_embedding', 'guidance_embedding')
 
 
 class ConvertedNetwork(NamedTuple):
-    """An official network as ours.
+    """An official network, converted to ours.
 
     Attributes:
       params: parameters by module, without the `fresh` modules.
-      model: arguments of `sit.SiT`, but for `num_classes`.
+      model: arguments of `sit.SiT`, except for `num_classes`.
       num_classes: without the null label.
       image_shape: (H, W, C).
     """
@@ -36,7 +36,7 @@ def preset_heads(hidden_size: int, depth: int) -> int:
     """Number of attention heads of the preset with this width and depth.
 
     Raises:
-      ValueError: no preset has them; no shape in the file shows the number of heads.
+      ValueError: no preset has them, and no shape determines the number of heads.
     """
     for sizes in sit.SIZES.values():
         if (sizes['hidden_size'], sizes['depth']) == (hidden_size, depth):
@@ -48,5 +48,5 @@ def preset_heads(hidden_size: int, depth: int) -> int:
 
 
 def stack_layers(layers):
-    """One tree of a list of trees, with the layers on the first axis (`nn.scan`)."""
+    """Stacks trees into one, with the layers on the first axis (`nn.scan`)."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)

@@ -26,8 +26,8 @@ from ism_jax.runtime import files
 
 TENSORS, CONFIG = 'model.safetensors', 'config.json'
 FORMAT, VERSION = 'ism_jax', '1'
-# Attributes of the model that change what the same parameters compute. No shape shows
-# the first two.
+# Attributes of the model that change what the same parameters compute. The shapes do
+# not determine the first two.
 FUNCTION_FIELDS = (
     'time_scale',
     'num_heads',
@@ -44,12 +44,12 @@ class ExportedNetwork(NamedTuple):
 
     Attributes:
       config: resolved config of the run or the conversion, as `json` reads it.
-      params: by module; float32 NumPy arrays when read.
+      params: parameters by module; float32 NumPy arrays when read.
       step: number of steps that ism_jax trained the network.
       class_names: names of the labels, in order.
       image_shape: (H, W, C).
       origin: description of the source.
-      predicts: 'velocity', or 'noise' if the network can only initialise a training.
+      predicts: 'velocity', or 'noise' if the network can only initialise training.
       fresh: modules that are missing in `params` and to be initialised.
     """
 
@@ -156,8 +156,8 @@ def read(folder) -> ExportedNetwork:
 def initialised(network: ExportedNetwork, model: sit.SiT) -> dict[str, Any]:
     """All parameters of the model: those of the network, and its fresh modules.
 
-    The fresh modules are always initialised with the same key; a training draws its
-    own. They have no effect at d = 0, w = 0.
+    The fresh modules are always initialised with the same key; training uses its own.
+    They have no effect at d = 0, w = 0.
     """
 
     @jax.jit  # So that the other modules are not computed.
@@ -194,7 +194,7 @@ def check_start(
     image_shape: tuple[int, int, int],
     folder,
 ) -> None:
-    """Checks that `model` computes the same as the network with its parameters.
+    """Checks that `model` computes the same function with the network's parameters.
 
     Images may have another side, because positions are not learned. For other classes
     see `with_classes`.
@@ -204,7 +204,7 @@ def check_start(
       own_model: the model that `network.config` describes.
       model: the model to be trained.
       image_shape: (H, W, C) of the data to be trained on.
-      folder: of the network, for messages.
+      folder: folder of the network, for messages.
 
     Raises:
       ValueError: an attribute of the model or a parameter differs.

@@ -9,7 +9,7 @@ def folder(path, names: Sequence[str], example: str) -> Path:
     """The folder at a path, or the downloaded copy of a hub repository.
 
     Args:
-      path: of a folder, or a hub id such as 'organisation/name'.
+      path: a folder, or a hub id such as 'organisation/name'.
       names: files to download.
       example: a path or id, for the message.
 
@@ -31,5 +31,5 @@ def folder(path, names: Sequence[str], example: str) -> Path:
         raise ValueError(
             f'{path} is not a folder and cannot be downloaded from the hub '
             f'({type(error).__name__}: {error}); pip install huggingface_hub, or give '
-            'the folder of a copy'
+            'a folder with a copy'
         ) from error

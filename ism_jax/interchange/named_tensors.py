@@ -16,11 +16,11 @@ from ism_jax.interchange import tensor_shapes
 
 
 class NamedTensors:
-    """Tensors of which each is taken exactly once.
+    """Named tensors, each of which must be taken exactly once.
 
     Args:
       tensors: name to array, as from `tensor_file.read`.
-      network: description of their network, for messages.
+      network: name of their network, for messages.
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], network: str):
@@ -55,7 +55,7 @@ class NamedTensors:
         """Kernel [H, W, in, out] and bias [out] of a convolution with its batch norm.
 
         Args:
-          name: of the convolution, which has no bias.
+          name: name of the convolution, which has no bias.
           norm: name of the batch norm.
           epsilon: added to the variance by the batch norm.
 
@@ -73,7 +73,7 @@ class NamedTensors:
                 'file is damaged, download it again'
             )
         scale = gamma / np.sqrt(variance + epsilon)
-        # Computed in float64; products with images must be in float32.
+        # Folded in float64; the network computes in float32.
         kernel = kernel.astype(np.float64) * scale[None, None, None]
         return {
             'kernel': kernel.astype(np.float32),
@@ -85,7 +85,7 @@ class NamedTensors:
 
         Args:
           params: nested dict of arrays.
-          expected: the same of `jax.ShapeDtypeStruct`, see `abstract_params`.
+          expected: tree of `jax.ShapeDtypeStruct`, see `abstract_params`.
 
         Raises:
           ValueError: a tensor is left over, or a parameter is missing or of another

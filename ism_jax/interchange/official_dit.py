@@ -1,11 +1,11 @@
-"""Checkpoints of the official DiT code (github.com/facebookresearch/DiT) as ours.
+"""Converts checkpoints of the official DiT code (github.com/facebookresearch/DiT).
 
 DiT has the architecture of SiT and is trained for another task: it predicts the noise
 of a variance-preserving path at timesteps 0 .. 999, where 0 is data. The time embedding
 is converted so that our network at time t computes what DiT computes at timestep
-1000 (1 - t), with `time_scale` 1000. Of the output, the half that predicts the noise is
-kept. The result is not a velocity: it can initialise a training and cannot be sampled
-from. The authors license their weights for non-commercial use (CC BY-NC).
+1000 (1 - t), with `time_scale` 1000. Only the half of the output that predicts the
+noise is kept. The result is not a velocity: it can initialise training and cannot be
+sampled from. The authors license their weights for non-commercial use (CC BY-NC).
 
 For what is initialised and the null embedding see `official_sit`.
 """
@@ -25,7 +25,7 @@ TIMESTEPS = 1000
 def from_tensors(
     tensors: Mapping[str, Any], num_heads: int = 0
 ) -> converted_network.ConvertedNetwork:
-    """The official DiT as ours; arguments and errors as in `official_sit`."""
+    """The official DiT, converted; arguments and errors as in `official_sit`."""
     converted = official_sit.from_tensors(tensors, num_heads)
     time = converted.params['time_embedding']
     # cos(1000 w - s w) and sin(1000 w - s w) are a rotation of cos(s w) and sin(s w),

@@ -1,17 +1,17 @@
-"""Checkpoints of shortcut-models (github.com/kvfrans/shortcut-models) as ours.
+"""Converts checkpoints of shortcut-models (github.com/kvfrans/shortcut-models).
 
 For `train_type` shortcut, the converted network computes the same function at d = 1,
-1/2, ..., 1/32768 and, as d = 1 / `base_steps`, at d = 0. No tensor shows another
-`train_type`, for which the function would differ.
+1/2, ..., 1/32768 and, as d = 1 / `base_steps`, at d = 0. For another `train_type` the
+function would differ, and the tensors do not reveal it.
 
 - The sinusoidal embedding of log2(1/d) becomes rows of our table of step sizes, and the
   row of the finest step moves into the class table.
-- Queries absorb another scale of the attention scores.
+- Queries absorb the different scale of the attention scores.
 - The log-variances, which the official network never uses, are dropped.
-- The official code computes in bfloat16 and differs by that rounding.
+- The official code computes in bfloat16, so outputs differ by its rounding.
 
-Our embedding of the guidance scale w has no values in these files and is initialised;
-at w = 0 it has no effect. The last row of the class table becomes the null embedding.
+These files have no embedding of the guidance scale w, so ours is initialised; at w = 0
+it has no effect. The last row of the class table becomes the null embedding.
 """
 
 from collections.abc import Mapping
@@ -34,11 +34,11 @@ def from_tensors(
     base_steps: int = 128,
     num_heads: int = 0,
 ) -> converted_network.ConvertedNetwork:
-    """The network of shortcut-models as ours.
+    """The network of shortcut-models, converted to ours.
 
     Args:
-      tensors: its parameters; names are the paths in the tree, joined with '/'.
-      image_size: side of the images or latents, which no tensor shows.
+      tensors: its parameters, named by their path in the tree, joined with '/'.
+      image_size: side of the images or latents, which no tensor determines.
       base_steps: the official flag `denoise_timesteps`.
       num_heads: see `official_sit.from_tensors`.
 
@@ -54,7 +54,7 @@ def from_tensors(
 
     def qkv(block):
         key, query, value = (linear(f'{block}/Dense_{i}') for i in (1, 2, 3))
-        # The official code divides queries by the width of a head, we divide the
+        # The official code divides queries by the head dimension, we divide the
         # scores by its square root.
         width = converted.model['hidden_size']
         scale = (width // converted.model['num_heads']) ** -0.5
@@ -151,7 +151,7 @@ def _read_shapes(
 
 
 def _embed(hidden, out, x) -> jax.Array:
-    """Two-layer embedding of scalars, [N] -> [N, width], as `sit.ScalarEmbedding`."""
+    """Two-layer embedding of scalars, [N] -> [N, width]; see `sit.ScalarEmbedding`."""
 
     def dense(x, layer):
         product = jnp.dot(x, layer['kernel'], precision='highest')

@@ -1,15 +1,15 @@
-"""Checkpoints of the official SiT code (github.com/willisma/SiT) as our parameters.
+"""Converts checkpoints of the official SiT code (github.com/willisma/SiT).
 
 The converted network computes the same function. Times run from noise at 0 to data at 1
 and enter the sinusoids unscaled (`time_scale` 1), and the output is the velocity
 x1 - x0. This holds for the official defaults, the linear path and velocity prediction;
-no tensor shows other choices. A network with `learn_sigma` has twice the output
-channels: the first half is the velocity, and the second half is dropped, as in the
-official sampler.
+the tensors do not reveal other choices. A network with `learn_sigma` has twice the
+output channels: the first half is the velocity, and the second half is dropped, as in
+the official sampler.
 
-Our embeddings of the step size d and the guidance scale w have no values in these files
-and are initialised; at d = 0, w = 0 they have no effect. The last row of the class
-table becomes the null embedding: every checkpoint trained with label dropout has one.
+These files have no embeddings of the step size d and the guidance scale w, so ours are
+initialised; at d = 0, w = 0 they have no effect. The last row of the class table
+becomes the null embedding: every checkpoint trained with label dropout has one.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from ism_jax.interchange import converted_network, tensor_shapes
 from ism_jax.models import sit
 
 NETWORK = 'an official SiT or DiT'
-# The sin-cos positions were computed by another library, in float32 at worst.
+# The sin-cos positions come from another library, in float32 at worst.
 POSITION_TOLERANCE = 1e-5
 _BLOCK_LAYERS = {
     'modulation': 'adaLN_modulation.1',
@@ -37,12 +37,12 @@ _BLOCK_LAYERS = {
 def from_tensors(
     tensors: Mapping[str, Any], num_heads: int = 0
 ) -> converted_network.ConvertedNetwork:
-    """The official SiT as ours.
+    """The official SiT, converted to our network.
 
     Args:
       tensors: its state dict.
-      num_heads: attention heads, which no shape shows; 0 for those of the preset with
-        the same width and depth.
+      num_heads: attention heads, which no shape determines; 0 for those of the preset
+        with the same width and depth.
 
     Raises:
       ValueError: a tensor is missing, unknown or of another shape.

@@ -36,7 +36,7 @@ def guidance_values(
 
 
 def sample_guidance(key: jax.Array, num: int, values: np.ndarray) -> jax.Array:
-    """`num` guidance scales w, uniformly from `values`."""
+    """`num` guidance scales w, drawn uniformly from `values`."""
     return jax.random.choice(key, jnp.asarray(values), (num,))
 
 
@@ -52,10 +52,10 @@ def interval_guidance(w: jax.Array, t: jax.Array, interval: float) -> jax.Array:
 def guided_velocity(
     velocity: jax.Array, conditional: jax.Array, unconditional: jax.Array, w: jax.Array
 ) -> jax.Array:
-    """The velocity plus w (conditional - unconditional); [B, H, W, C] but w [B].
+    """Velocity + w (conditional - unconditional); all [B, H, W, C] except w [B].
 
     With velocity = x1 - x0 this is the target of intrinsic guidance: the pair gives the
-    conditional velocity, and the teacher only the direction of guidance.
+    conditional velocity, and the teacher gives only the direction of guidance.
     """
     return velocity + w[:, None, None, None] * (conditional - unconditional)
 

@@ -26,7 +26,7 @@ def dyadic_schedule(num_steps: int, base_steps: int = 128) -> tuple[float, ...]:
     """Step sizes from noise to data, each a power of two, that sum to 1.
 
     A power of two gives equal steps. Any other number starts from the power of two
-    below it and halves steps from the data end on: 3 steps are 1/2, 1/4, 1/4, and 5
+    below it and halves steps, the last ones first: 3 steps are 1/2, 1/4, 1/4, and 5
     are 1/4, 1/4, 1/4, 1/8, 1/8. Large steps thus come first, where the flow is
     straightest, and every step starts at a multiple of its size, as in training.
 
@@ -47,8 +47,8 @@ def check_schedule(schedule: Sequence[float], base_steps: int = 128) -> None:
     """Checks that the network was trained for all steps of a schedule.
 
     Raises:
-      ValueError: a step is no power of two in [1/base_steps, 1], a step does not start
-        at a multiple of its size, or the steps do not sum to 1.
+      ValueError: a step is not a power of two in [1/base_steps, 1] or does not start at
+        a multiple of its size, or the steps do not sum to 1.
     """
     fault = _schedule_fault(schedule, base_steps)
     if fault:
@@ -56,7 +56,7 @@ def check_schedule(schedule: Sequence[float], base_steps: int = 128) -> None:
 
 
 def _schedule_fault(schedule, base_steps) -> str:
-    """What is wrong with a schedule; empty if nothing is."""
+    """The fault of a schedule in words; '' if it is valid."""
     t = 0.0  # Sums of powers of two are exact in floating point.
     for number, d in enumerate(schedule):
         if not 1 / base_steps <= d <= 1 or math.frexp(d)[0] != 0.5:

@@ -36,15 +36,15 @@ and cos 4 ranges over 14 .. 55 and 1.9 .. 2.7. At no phase is either below pixel
 orthonormal) Haar transform: its coefficients at level j are 2^j times smaller and its
 bands 4^j times shorter, so the two cancel and all weights are 1. `orthonormal_mean` is
 the mean over a band of the orthonormal coefficients, and `nested` counts the
-approximation of every level besides its details; both give low frequencies more weight
-than pixel error does, the opposite of supervising detail. `detail` halves the weight
-with every two levels from the finest to the approximation: natural images have
+approximation of every level as well as its details; both give low frequencies more
+weight than pixel error does, the opposite of supervising detail. `detail` halves the
+weight with every two levels from the finest to the approximation: natural images have
 amplitude spectra near 1/f, so coarse bands dominate a pixel error of the velocity by
 orders of magnitude. The exponent 1/2 cancels part of this and still leaves a gradient
 to the approximation, which holds the layout of the image. `equal_variance` cancels it
 fully: a band's weight is the inverse of the variance of the velocity target there. The
 factor z makes the mean weight over all coefficients 1, so that white noise counts as in
-pixel error and weightings compare at one learning rate.
+pixel error and weightings are comparable at one learning rate.
 
 Every weighting is a positive definite quadratic form, so the minimiser of the expected
 distance is the conditional mean, as flow matching requires:
@@ -84,7 +84,7 @@ def band_names(levels: int) -> tuple[str, ...]:
 
 
 def wavelet_names() -> list[str]:
-    """The discrete wavelets of PyWavelets, any of which `decompose` takes."""
+    """The discrete wavelets of PyWavelets, which `decompose` takes."""
     return pywt.wavelist(kind='discrete')
 
 
@@ -162,7 +162,7 @@ def target_band_variance(images: jax.Array, *, wavelet: str, levels: int) -> np.
     coefficient over the images, averaged over the band, plus 1.
 
     Args:
-      images: [B, H, W, C] data in the value range of the network; B of hundreds.
+      images: [B, H, W, C] data in the value range of the network; B in the hundreds.
       wavelet, levels: see `decompose`.
 
     Returns:

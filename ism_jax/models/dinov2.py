@@ -27,7 +27,7 @@ class Config:
 
     Attributes:
       hidden_size: F, width of the features.
-      num_hidden_layers, num_attention_heads, mlp_ratio: of the transformer.
+      num_hidden_layers, num_attention_heads, mlp_ratio: sizes of the transformer.
       patch_size: side of a patch, in pixels.
       image_size: side of the images on which the positions were learned.
       layer_norm_eps: epsilon of the layer norms.

@@ -17,7 +17,7 @@ from ism_jax.models import resize
 
 SIDE = 224  # Images are resized to this side.
 NUM_FEATURES = 1280
-EPSILON = 1e-3  # Of the batch norms, which the weights contain folded.
+EPSILON = 1e-3  # Of the batch norms, which are folded into the weights.
 # The input of the Lite variants is (x - 127) / 128.
 MEAN, DEVIATION = 127.0, 128.0
 # Repeats, kernel, stride of the first block, expansion, channels.
@@ -59,9 +59,9 @@ class Block(nn.Module):
     """Inverted residual block: expansion, depthwise convolution, projection.
 
     Attributes:
-      kernel, stride: of the depthwise convolution.
+      kernel, stride: kernel size and stride of the depthwise convolution.
       expansion: ratio of its width to that of the input.
-      channels: of the output.
+      channels: channels of the output.
     """
 
     kernel: int

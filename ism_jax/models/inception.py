@@ -20,7 +20,7 @@ import numpy as np
 SIDE = 299  # Images are resized to this side.
 NUM_SPATIAL = 17 * 17 * 7
 NUM_LOGITS = 1008
-EPSILON = 1e-3  # Of the batch norms, which the weights contain folded.
+EPSILON = 1e-3  # Of the batch norms, which are folded into the weights.
 
 
 class Inception(nn.Module):
@@ -74,9 +74,9 @@ class Convolution(nn.Module):
     """A convolution with its folded batch norm, and a ReLU.
 
     Attributes:
-      channels: of the output.
-      kernel: height and width.
-      stride: in both directions.
+      channels: channels of the output.
+      kernel: height and width of the kernel.
+      stride: stride in both directions.
       padding: 'SAME' or 'VALID'.
     """
 
@@ -169,7 +169,7 @@ class BlockE(nn.Module):
     """Block at 8 x 8: figure 7 of the paper.
 
     Attributes:
-      pool: of the last branch; it differs between the two blocks of this graph.
+      pool: pooling of the last branch; it differs between the two blocks of this graph.
     """
 
     pool: Callable[[jax.Array], jax.Array]

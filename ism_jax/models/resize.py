@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PILLOW_SHARPNESS = -0.5  # Parameter a of Keys' cubic; PyTorch's is -0.75.
-_RADIUS = 2.0  # Of the support of Keys' cubic.
+_RADIUS = 2.0  # Radius of the support of Keys' cubic.
 
 
 def resize_as_pillow(images: jax.Array, side: int) -> jax.Array:
@@ -19,11 +19,11 @@ def resize_as_pillow(images: jax.Array, side: int) -> jax.Array:
 
     Args:
       images: [B, H, W, C], 0 .. 255, uint8 or floating.
-      side: of the output.
+      side: side of the output, in pixels.
 
     Returns:
-      [B, side, side, C] float32 of whole numbers 0 .. 255. Rarely, a value that lies
-      between two whole numbers is rounded the other way than by Pillow.
+      [B, side, side, C] float32 of whole numbers 0 .. 255. Rarely, a value halfway
+      between two whole numbers is rounded differently from Pillow.
     """
 
     def rounded(x):
@@ -31,7 +31,7 @@ def resize_as_pillow(images: jax.Array, side: int) -> jax.Array:
 
     x = images.astype(jnp.float32)
     _, height, width, _ = x.shape
-    # Pillow's order (Pillow 13 swaps it for images that are higher than wide).
+    # Pillow's order (Pillow 13 swaps it for images that are taller than wide).
     if width != side:
         weights = pillow_weights(width, side)
         x = rounded(jnp.einsum('ow,bhwc->bhoc', weights, x, precision='highest'))

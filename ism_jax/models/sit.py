@@ -179,7 +179,7 @@ class SiT(nn.Module):
     Attributes:
       num_classes: labels are 0 .. num_classes - 1; `num_classes` is the null label.
       patch_size, hidden_size, depth, num_heads, mlp_ratio: see `PRESETS`.
-      dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32.
+      dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
       remat: which activations the backward pass keeps, a key of `REMAT_POLICIES`.
       attention: a key of `ATTENTION_IMPLEMENTATIONS`.
       unroll: blocks per iteration of the scan; larger values compile longer and run

@@ -56,7 +56,7 @@ class Config:
 
 
 def _precision(dtype):
-    """Full precision for float32; products of bfloat16 are exact without."""
+    """Full precision for float32; products of bfloat16 are exact without it."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -254,7 +254,7 @@ class Autoencoder:
 
     Attributes:
       config: sizes of the network.
-      dtype: of the computation, 'float32' or 'bfloat16'. Results are float32.
+      dtype: dtype of the computation, 'float32' or 'bfloat16'. Results are float32.
     """
 
     config: Config = Config()

@@ -1,9 +1,10 @@
 """Training objectives: one file per method, one signature.
 
 Each module holds a frozen dataclass `Objective`, a subclass of `BaseObjective`. Its
-fields are the method's options, each with a default and a line of help. A method brings
-its loss, its sampler where that differs from the common one, and its properties. A new
-method is a new file here, plus the checks of its options in `ism_jax/config_check.py`.
+fields are the method's options, each with a default and a line of help. A method
+defines its loss, its sampler if that differs from the common one, and its properties. A
+new method is a new file here, plus the checks of its options in
+`ism_jax/config_check.py`.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from ism_jax.objectives.base import BaseObjective
 
 
 def names() -> list[str]:
-    """The methods, sorted."""
+    """Names of the methods, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != 'base')
 
 

@@ -1,7 +1,7 @@
 """alpha-Flow (Zhang et al., arXiv 2510.20771): from flow matching to MeanFlow.
 
-MeanFlow's loss with another target for samples with d > 0. The step from t to t + d is
-divided at m = t + alpha d (the source's time runs the other way):
+It uses MeanFlow's loss with another target for d > 0. The step from t to t + d is
+divided at m = t + alpha d (the paper's time runs the other way):
 
     target = alpha v' + (1 - alpha) sg u(x_m, m, (1 - alpha) d),  x_m = x_t + alpha d v'
 
@@ -13,7 +13,7 @@ k of the training
     alpha = 1 - sigmoid( gamma ( (k - start) / (end - start) - 1/2 ) ),  gamma = 25,
 
 with values within eta = 0.005 of 0 or 1 rounded to it; alpha = 0 uses MeanFlow's
-derivative. The source's loss is |u - target|^2 / alpha with an adaptive weight. We use
+derivative. The paper's loss is |u - target|^2 / alpha with an adaptive weight. We use
 e = u - sg(u) + sg(u - target) / alpha in MeanFlow's loss. Its gradient is the same
 without the adaptive weight, and with it tends to MeanFlow's as alpha -> 0.
 """
@@ -41,7 +41,7 @@ class Objective(meanflow.Objective):
     alpha_margin: float = option(
         0.005, 'eta, margin within which alpha is rounded to 0 or 1'
     )
-    alpha: float = option(-1.0, 'a constant alpha in [0, 1]; -1 anneals it')
+    alpha: float = option(-1.0, 'a constant alpha in [0, 1]; -1 to anneal it')
     direction: Literal['data', 'network'] = option(
         'data', "v': velocity of the 'data' (guided as in MeanFlow) or of the 'network'"
     )

@@ -1,4 +1,4 @@
-"""The interface of an objective: what training and sampling use of a method."""
+"""The interface of an objective: what training and sampling need from a method."""
 
 import abc
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class BaseObjective(abc.ABC):
           params: online parameters, with respect to which the loss is differentiated.
           target_params: the target EMA; no gradient flows into it.
           batch: see `Batch`.
-          key: random key of this call alone.
+          key: random key, used by this call alone.
           distance: error [B, H, W, C] -> values [B] and their parts {name: [B]}.
           progress: step / number of steps of the training, in [0, 1), for curricula.
 
@@ -72,7 +72,7 @@ class BaseObjective(abc.ABC):
           label, w: [B].
           times: start times of the steps, [N], see `time_grid.times_and_sizes`.
           steps: step sizes, [N].
-          key: random key of samplers that add noise between steps.
+          key: random key, for samplers that add noise between steps.
 
         Returns:
           x1, [B, H, W, C], not clipped.
@@ -146,5 +146,5 @@ class BaseObjective(abc.ABC):
 
     @property
     def model_options(self) -> dict[str, object]:
-        """Options of the network for which the method needs other values."""
+        """Model options that the method overrides."""
         return {}

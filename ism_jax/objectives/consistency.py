@@ -45,10 +45,10 @@ class Objective(BaseObjective):
 
     sigma_min: float = option(0.002, 'lowest noise level')
     sigma_max: float = option(80.0, 'highest noise level')
-    first_intervals: int = option(10, 's0, intervals at the start of the training')
-    last_intervals: int = option(1280, 's1, intervals at its end')
-    log_mean: float = option(-1.1, 'P, mean of log sigma')
-    log_std: float = option(2.0, 'S, standard deviation of log sigma')
+    first_intervals: int = option(10, 's0, number of noise intervals at the start')
+    last_intervals: int = option(1280, 's1, number of noise intervals at the end')
+    log_mean: float = option(-1.1, 'P, mean of the logarithm of the noise level')
+    log_std: float = option(2.0, 'S, standard deviation of this logarithm')
 
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress

@@ -1,6 +1,6 @@
 """Inductive moment matching (IMM; Zhou et al., arXiv 2503.07565).
 
-The source's time a = 1 - t runs from data to noise; a jump leads from a to s <= a.
+The paper's time a = 1 - t runs from data to noise; a jump leads from a to s <= a.
 Groups of M samples share (s, r, a) with s <= r <= a; y jumps from a and z from r, both
 to s:
 
@@ -13,10 +13,10 @@ to s:
     a ~ U(0, 0.994),  s ~ U(0, a),
       r = max(s, min(a - 1e-4, eta^-1(eta(a) - 160 / 2^12))),  eta(a) = a / (1 - a)
 
-The source scales data to a standard deviation sigma_d = 0.5 and noise with it. Here
+The paper scales data to a standard deviation sigma_d = 0.5 and noise with it. Here
 noise has standard deviation 1, so the formulas hold in units of sigma_d; `data_std` is
-that of the data in these units (1 in the source) and enters only
-c_in(a) = 1 / sqrt((1 - a)^2 data_std^2 + a^2). In the source, M = 1 and 2 collapse.
+that of the data in these units (1 in the paper) and enters only
+c_in(a) = 1 / sqrt((1 - a)^2 data_std^2 + a^2). In the paper, M = 1 and 2 collapse.
 
 Samplers: 'pushforward' jumps from each time to the next; 'restart' jumps to the data
 and adds noise up to the next time. Both apply classifier-free guidance where w > 0: two
@@ -49,9 +49,9 @@ class Objective(BaseObjective):
     """Inductive moment matching; see the module."""
 
     label_dropout: float = option(0.1, 'probability that a label becomes null')
-    group_size: int = option(4, 'M, samples that share their times')
+    group_size: int = option(4, 'M, number of samples that share their times')
     data_std: float = option(
-        0.5, 'standard deviation of the data, with that of the noise 1'
+        0.5, 'standard deviation of the data if that of the noise is 1'
     )
     sampler: Literal['pushforward', 'restart'] = option(
         'pushforward', "'pushforward' or 'restart', which adds noise between steps"

@@ -14,11 +14,11 @@ guidance interval, else 0. The batch is split among the three terms, so the onli
 network runs forward and backward once over the batch. The target EMA runs once on all
 inputs at x_t and once on the second half-steps.
 
-Choices that the paper leaves open, and departures from its text:
+Choices that the paper leaves open, and deviations from its text:
   * The poster's equation (10) has `t` in the second half-step, where the derivation
     needs `t + d`; we use `t + d`.
-  * It uses the online network in x'. `midpoint = 'online'` does the same, at the cost
-    of one more forward pass; 'target' is the default.
+  * The poster uses the online network in x'. `midpoint = 'online'` does the same, at
+    the cost of one more forward pass; 'target' is the default.
   * Guidance targets use the target EMA, as in the table's "twin EMA" row.
   * Each term is a mean over its own samples, so `batch_split` changes the variance of a
     term and not its weight.
@@ -58,14 +58,14 @@ class Objective(BaseObjective):
     base_steps: int = option(128, '1 / the finest step size, a power of two')
     intrinsic_guidance: bool = option(
         True,
-        'condition on w; False keeps w = 0, and velocity takes the guidance samples',
+        'condition on w; False keeps w = 0 and gives the guidance share to velocity',
     )
     guidance_max: float = option(3.5, 'largest guidance scale w in training')
     guidance_step: float = option(
-        0.25, 'w is drawn from step, 2 step, ..., max, and 0 in self-consistency'
+        0.25, 'w in training: step, 2 step, ..., guidance_max; also 0 in consistency'
     )
     guidance_interval: float = option(
-        0.3, 'time from which guidance acts; 0 for all times'
+        0.3, 'time t from which guidance applies; 0 for all times'
     )
     # 'target' 20.6 / 9.6, 'online' 21.0 / 10.4.
     midpoint: Literal['target', 'online'] = option(
@@ -80,7 +80,7 @@ class Objective(BaseObjective):
         batch_v, batch_g, batch_c = training_batch.split(batch, self._shares())
         repeats = batch.label.shape[0] // self.batch_multiple
 
-        # One teacher call for everything at x_t, whatever its step size and guidance.
+        # One teacher call for all inputs at x_t, at any step size and guidance.
         velocity = self._velocity_inputs(batch_v, key_v)
         guided = self._guided_inputs(batch_g, key_g)
         coarse, d = self._consistency_inputs(batch_c, key_c)

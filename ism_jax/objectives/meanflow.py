@@ -1,15 +1,15 @@
 """MeanFlow (Geng et al., arXiv 2505.13447): mean velocities from a derivative.
 
 u(x_t, t, d) is the mean velocity from t to t + d. Differentiating d u(x_t, t, d) along
-the path at a fixed end t + d gives the MeanFlow identity (the source's equation 6; its
+the path at a fixed end t + d gives the MeanFlow identity (the paper's equation 6; its
 time runs from data to noise, ours from noise to data):
 
     u = v + d du/dt,   du/dt = JVP of u along (v, 1, -1) in (x, t, d)
     L = E |e|^2 / sg( |e|^2 + eps )^p,   e = u(x_t, t, d) - sg( v_g + d du/dt )
     v_g = omega v + (1 - omega - kappa) u(x_t, t, 0 | null) + kappa u(x_t, t, 0 | c)
 
-with v = x1 - x0; v_g is also the tangent, and the null label keeps v. Training fixes
-the guidance that results, 1 + w = omega / (1 - kappa). 1 - t and 1 - t - d are two
+with v = x1 - x0; v_g is also the tangent, and v_g = v for the null label. Training
+fixes the resulting guidance, 1 + w = omega / (1 - kappa). 1 - t and 1 - t - d are two
 sorted draws of sigmoid(N(-0.4, 1)), and three quarters of the samples have d = 0.
 
 Sampler: x_{t+d} = x_t + d u(x_t, t, d).
@@ -41,12 +41,12 @@ class Objective(BaseObjective):
     guidance_mix: float = option(
         0.5, "kappa, share of the network's conditional velocity in the targets"
     )
-    guidance_start: float = option(0.0, 'time from which guidance acts')
-    guidance_end: float = option(1.0, 'time until which guidance acts')
+    guidance_start: float = option(0.0, 'time t from which guidance applies')
+    guidance_end: float = option(1.0, 'time t until which guidance applies')
     time_mean: float = option(-0.4, 'mean of the normal whose sigmoid is 1 - t')
-    time_std: float = option(1.0, 'standard deviation of this normal')
-    norm_power: float = option(1.0, 'p of the adaptive weight; 0 for none')
-    norm_eps: float = option(0.01, 'eps of the adaptive weight')
+    time_std: float = option(1.0, 'its standard deviation; see time_mean')
+    norm_power: float = option(1.0, 'exponent p of the adaptive weight; 0 for none')
+    norm_eps: float = option(0.01, 'eps of the adaptive weight, added to |e|^2')
 
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress
@@ -136,7 +136,7 @@ class Objective(BaseObjective):
     def guided_velocity(
         self, velocity, conditional, unconditional, t, label
     ) -> jax.Array:
-        """v_g; all arrays [B, H, W, C] but t and label [B]."""
+        """v_g; all arrays [B, H, W, C] except t and label [B]."""
         acts = (t >= self.guidance_start) & (t <= self.guidance_end)
         acts &= label != self.num_classes
         omega = (1 + self.guidance) * (1 - self.guidance_mix)

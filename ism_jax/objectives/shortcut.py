@@ -12,7 +12,7 @@ with s' the target EMA and, at the levels that `cfg_levels` names, classifier-fr
 guidance G[s'](c) = s'(null) + (1 + w) (s'(c) - s'(null)); at other levels G[s'] = s'.
 Training fixes w. With 'finest', as in the official code, guidance enters once, in steps
 of 1/128, and coarser steps inherit it. With 'all' it is applied at every doubling and
-compounds to a scale of (1 + w) ** log2(N) in a step over N finest ones (iSM, arXiv
+compounds to a scale of (1 + w) ** log2(N) in a step of N finest ones (iSM, arXiv
 2510.21250, proposition 1). As in the official code, the null label itself is never
 bootstrapped: its long steps are learned only as far as the network generalises.
 
@@ -22,7 +22,7 @@ w, as the official code does in its evaluation during training.
 
 Differences from the official code: bootstrapped and flow-matching samples are always
 different images, and every image of the batch is used. The official target EMA has the
-decay 0.999; here it is an option of the training.
+decay 0.999; here it is a config field of the training.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ class Objective(BaseObjective):
         return sum(error.sum() / size for error in errors.values()), metrics
 
     def bootstrap_target(self, apply, params, x, t, d, label) -> jax.Array:
-        """Mean velocity of two steps of size d, the target of one of size 2d.
+        """Mean velocity of two steps of size d, the target for one step of size 2d.
 
         `params` are the target EMA; x is [B, H, W, C], and t, d and label are [B].
         """

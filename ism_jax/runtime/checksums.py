@@ -16,7 +16,7 @@ from ism_jax.runtime import files
 
 NAME = 'checksums.json'
 _BLOCK = 2**22
-_THREADS = 8  # Reading and zlib release Python's lock.
+_THREADS = 8  # Reading and zlib release the GIL.
 
 
 def sha256(path) -> str:
@@ -48,7 +48,7 @@ def problems(folder, below: str = '') -> list[str]:
 
     Args:
       folder: the argument of `write`.
-      below: a subfolder to check alone; '' for all files.
+      below: the only subfolder to check; '' for all files.
     """
     folder = Path(folder)
     try:
@@ -70,7 +70,7 @@ def problems(folder, below: str = '') -> list[str]:
     try:
         for name, checksum in _checksums(folder, whole):
             if checksum != expected[name]:
-                lines.append(f'{folder / name} has other bytes than were written')
+                lines.append(f'{folder / name} differs from what was written')
     except OSError as error:
         lines.append(f'{folder} cannot be read ({error})')
     return lines
@@ -83,7 +83,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def _checksums(folder: Path, names) -> Iterator[tuple[str, list[int]]]:
-    """(name, [size, CRC-32]) of each."""
+    """(name, [size, CRC-32]) of each file."""
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         paths = [folder / name for name in names]
         yield from zip(names, pool.map(_checksum, paths), strict=True)

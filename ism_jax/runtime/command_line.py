@@ -1,7 +1,7 @@
-"""How the commands start and end: bad input is one line and exit code 2.
+"""Starts and ends the commands: bad input gives one line and exit code 2.
 
 Exit codes: 0 for success, 2 for bad input, 1 for other expected errors, 75 when a
-signal asked to stop and everything is saved (the same command resumes), 130 when that
+signal requested a stop and everything is saved (the same command resumes), 130 if that
 was Ctrl-C.
 """
 
@@ -31,7 +31,7 @@ def run(
     Args:
       main: the command; takes the subcommand if there are `commands`. Reads its flags
         itself.
-      *expected: errors that are printed in one line, besides ValueError and
+      *expected: errors that are printed in one line, in addition to ValueError and
         `preemption.Preempted`.
       topics: what `--help=TOPIC` prints, by topic.
       commands: subcommands; the first argument must be one of them. A '' among them
@@ -56,7 +56,7 @@ def run(
 def guard(
     main: Callable[..., None], *expected: type[Exception], commands: Sequence[str] = ()
 ) -> Callable[[Sequence[str]], None]:
-    """`main` as a function of argv, its expected errors in one line; see `run`."""
+    """`main` as a function of argv; prints expected errors in one line, see `run`."""
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
@@ -72,13 +72,13 @@ def guard(
                         f'give one of the commands {names}; --help shows examples'
                     )
             if arguments:
-                raise ValueError(f'{arguments[0]!r} is no flag; --help lists the flags')
+                raise ValueError(f'{arguments[0]!r} is not a flag; see --help')
             main(*chosen)
         except preemption.Preempted as error:
             print(error, file=sys.stderr)
             distributed.leave(error.exit_code)
         except (ValueError, *expected) as error:
-            # JAX raises ValueError too where it has lost another process.
+            # JAX raises ValueError too when it has lost another process.
             package = Path(__file__).parents[1]
             several = jax.distributed.is_initialized()
             if several and not distributed.is_raised_by(error, package):
@@ -132,7 +132,7 @@ def _print_help(topics: Mapping[str, Callable[[], str]]) -> None:
     print((sys.modules['__main__'].__doc__ or '').strip())
     print('\nflags:\n' + flags.FLAGS.main_module_help().partition('\n')[2])
     if others := flags.FLAGS.module_help(distributed.__name__).partition('\n')[2]:
-        print('\nflags of several processes:\n' + others)
+        print('\nflags for several processes:\n' + others)
     for topic in topics:
         print(f'\n--help={topic} prints more.')
 

@@ -49,7 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         'heartbeat_seconds',
         60,
-        'Without a heartbeat for so long, all end.',
+        'Seconds without a heartbeat after which all processes end.',
         lower_bound=5,
     )
 
@@ -74,10 +74,10 @@ def start(
     """Joins the other processes, if there are any; called before JAX is used.
 
     Args:
-      kind: of `KINDS`; see `define_flags`.
+      kind: one of `KINDS`; see `define_flags`.
       coordinator: 'HOST:PORT' at which the first process listens.
       num_processes, process_id: given together with `coordinator`, or not at all.
-      heartbeat_seconds: time without a heartbeat after which a process counts as dead.
+      heartbeat_seconds: time without a heartbeat after which a process counts as lost.
 
     Raises:
       ValueError: settings that contradict each other, or `on` where JAX finds no
@@ -94,7 +94,7 @@ def start(
     explicit = not missing
     if explicit:
         if kind == 'off':
-            raise ValueError('--distributed=off and --coordinator contradict; drop one')
+            raise ValueError('give either --distributed=off or --coordinator')
         host, _, port = coordinator.rpartition(':')
         if not host or not port.isdecimal():
             raise ValueError(
@@ -107,7 +107,7 @@ def start(
             )
     elif kind == 'off' or (kind == 'auto' and not shows_processes(os.environ)):
         return
-    # The service that tells all processes when one is about to be preempted.
+    # The service that notifies all processes when one is about to be preempted.
     jax.config.update('jax_enable_preemption_service', True)
     options = dict(
         coordinator_address=coordinator,
@@ -117,7 +117,7 @@ def start(
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
     if explicit:
-        # All devices of the process, whatever cluster it runs on.
+        # All devices of the process, on any cluster.
         options['cluster_detection_method'] = 'deactivate'
     try:
         jax.distributed.initialize(**options)
@@ -132,7 +132,7 @@ def shows_processes(environment: Mapping[str, str]) -> bool:
     """Whether environment variables describe more than one process."""
     counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
     many = any(int(environment.get(name) or 1) > 1 for name in counts)
-    # Of GKE; multislice jobs of one host each have the coordinator alone.
+    # Set by GKE. Multislice jobs of one host each have the coordinator alone.
     hosts = environment.get('TPU_WORKER_HOSTNAMES', '').split(',')
     return many or len(hosts) > 1 or 'MEGASCALE_COORDINATOR_ADDRESS' in environment
 
@@ -173,7 +173,7 @@ def define_share_flags(what: str) -> None:
         f'Which share of the {what} to make; by default that of --process_id. For '
         'processes that are started independently.',
     )
-    flags.DEFINE_integer('process_count', None, 'Number of processes that share them.')
+    flags.DEFINE_integer('process_count', None, 'Number of processes with a share.')
 
 
 def share_by_flags(values) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def to_host(array: jax.Array) -> np.ndarray:
 def leave(code: int) -> None:
     """Ends the process, without waiting for others that may never end.
 
-    Where all end, as after a bad input that all have read, they disconnect first.
+    If all processes end, as after bad input, they disconnect first.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -14,7 +14,7 @@ def local_path(path, name: str) -> Path:
 
     Args:
       path: text or path-like.
-      name: of the flag or argument, for the message.
+      name: name of the flag or argument, for the message.
 
     Raises:
       ValueError: a URL such as gs://bucket/run, which would become a local folder.
@@ -29,7 +29,7 @@ def local_path(path, name: str) -> Path:
 
 
 def write_bytes(path, data: bytes) -> None:
-    """Writes a file, completely or not at all; its directory is made."""
+    """Writes a file, completely or not at all; creates its folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, as a rename is atomic only within a file system.

@@ -17,15 +17,15 @@ NAME = 'lock'
 class Lock:
     """Locks a folder while it is entered.
 
-    The operating system releases the lock when the process ends, however it ends, so
-    that a killed run leaves nothing to clean up.
+    The operating system releases the lock when the process ends, in any way, so that a
+    killed run leaves nothing to clean up.
 
     Args:
-      folder: is made if it is missing.
+      folder: created if it is missing.
 
     Raises:
-      ValueError: on entry, if another process holds the lock (it is named), or if the
-        folder cannot be written to.
+      ValueError: on entry, if another process (which the message names) holds the lock,
+        or if the folder cannot be written to.
     """
 
     def __init__(self, folder):

@@ -1,4 +1,4 @@
-"""Signals to stop: the run finishes its step, saves, and exits with a code of its own.
+"""Signals to stop: the run finishes its step, saves, and exits with its own code.
 
 Cluster managers send SIGTERM before they take a machine away; SIGINT is Ctrl-C. After
 the first signal the current step is finished and saved; a second one ends the process
@@ -20,10 +20,10 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 class Preempted(RuntimeError):
-    """The run was asked to stop, and has saved.
+    """A signal requested a stop, and the run has saved.
 
     Attributes:
-      exit_code: for the process.
+      exit_code: exit code of the process.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_CODE):
@@ -32,7 +32,7 @@ class Preempted(RuntimeError):
 
 
 class Requests:
-    """Handles signals to stop while it is entered; restores the handlers afterwards."""
+    """Handles signals to stop inside a `with` block, then restores the handlers."""
 
     def __init__(self):
         self._signal = None
@@ -72,14 +72,14 @@ class Requests:
         """From here on a signal ends the run at once, because everything is saved.
 
         Raises:
-          Preempted: now, or when a signal comes.
+          Preempted: at once if a signal has arrived, or when one arrives.
         """
         self._at_once = True
         if self._signal is not None:
             raise self.error('everything was saved before')
 
     def error(self, what: str) -> Preempted:
-        """What to raise once `what` is done."""
+        """The exception to raise once `what` is done."""
         name = 'SIGTERM' if self._signal is None else self._signal.name
         code = EXIT_CODE
         if self._signal == signal.SIGINT:

@@ -87,7 +87,7 @@ def constrain_batch(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Returns the sharding of an array with a whole copy on every device."""
+    """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, P())
 
 

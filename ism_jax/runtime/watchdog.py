@@ -8,8 +8,8 @@ import sys
 class Watchdog:
     """Writes the stacks of all threads to standard error when a step takes too long.
 
-    Python's faulthandler does it, which also reports a process that waits in compiled
-    code. It reports repeatedly and ends nothing.
+    It uses Python's faulthandler, which also works while the process waits in compiled
+    code. It reports repeatedly and never ends the process.
 
     Args:
       seconds: the longest that a step may take, the first one (which compiles) too; 0

@@ -67,7 +67,7 @@ def write_png(path, array, metadata: Mapping | None = None) -> None:
     """Writes a PNG file atomically.
 
     Args:
-      path: of the file; its folder is created.
+      path: path of the file; its folder is created.
       array: uint8 [H, W] or [H, W, C], C = 1, 3 or 4.
       metadata: text chunks of the file, name to value; values other than strings are
         written as JSON. Names have 1 to 79 Latin-1 characters. Pillow's
@@ -96,7 +96,7 @@ def steps_by_guidance_figure(
     """Draws a labelled table of samples: steps downwards, guidance to the right.
 
     Every pixel of a sample is `scale` by `scale` pixels of the figure, without
-    smoothing. Use the same labels and noise in every cell, so that cells compare.
+    smoothing. Use the same labels and noise in every cell, to make cells comparable.
 
     Args:
       images: [S, G, N, H, W, C] in [-1, 1] or uint8, C = 1 or 3; or a dict from

@@ -157,7 +157,7 @@ class Sampler:
 
         Args:
           params: inference EMA parameters.
-          key: of the noise.
+          key: key of the noise.
           labels: N class labels.
           guidance: guidance scale w of all samples.
           schedule: step sizes, see `time_grid.check_schedule`.

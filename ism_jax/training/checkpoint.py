@@ -3,7 +3,7 @@
 A checkpoint has four items: `state` (all that a step changes, without the inference
 EMA), `infer` (the inference EMA alone, so that sampling reads nothing else), `data`
 (the position of the iterator) and `config`; and `checksums.json`. `run.json`, next to
-the checkpoints, holds what sampling needs besides.
+the checkpoints, holds what else sampling needs.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,9 @@ class SaveError(RuntimeError):
 class Checkpointer:
     """Saves and restores the state of a run.
 
-    A save that fails (a full disk, a read-only folder) is reported and tried again at
-    the next; the earlier checkpoints stay. When a checkpoint is complete, the checksums
-    of its files are written into it.
+    A save that fails (a full disk, a read-only folder) is reported, and the next save
+    tries again; the earlier checkpoints stay. When a checkpoint is complete, the
+    checksums of its files are written into it.
 
     Args:
       workdir: folder of the run.
@@ -89,11 +89,11 @@ class Checkpointer:
 
         Args:
           state: the whole train state.
-          data_state, config: JSON-able, of the iterator and of the run.
+          data_state, config: state of the iterator and config of the run, JSON-able.
           score: lower is better; NaN never counts as the best.
 
         Raises:
-          SaveError: it failed, `MAX_FAILED_SAVES` times in a row.
+          SaveError: saving failed, `MAX_FAILED_SAVES` times in a row.
         """
         self._settle()
         step = int(state.step)
@@ -111,7 +111,7 @@ class Checkpointer:
                 # Comparisons with NaN are false, so that it could pass for the best.
                 metrics={'score': score if math.isfinite(score) else 1e30},
             )
-        except Exception as error:  # Orbax's, TensorStore's, the system's.
+        except Exception as error:  # Of Orbax, TensorStore or the system.
             self._failed(step, error)
             return
         self._saving = _Sealing(step, self._folder / str(step))
@@ -141,7 +141,7 @@ class Checkpointer:
         left = self._manager.all_steps()
         self._log(
             f'checkpoint {step} could not be saved ({reason}); '
-            + (f'those of {sorted(left)} stay' if left else 'there is none before')
+            + (f'those of {sorted(left)} stay' if left else 'there is no earlier one')
             + ', and the next save tries again'
         )
         if self._failures >= MAX_FAILED_SAVES:
@@ -161,7 +161,7 @@ class Checkpointer:
             step = self.latest_step()
             try:
                 return self._restore(step, state)
-            except Exception as error:  # Of many kinds, by what is damaged.
+            except Exception as error:  # Its type depends on what is damaged.
                 sealed = checksums.is_written(self._folder / str(step))
                 if sealed or len(self._manager.all_steps()) < 2:
                     raise
@@ -192,7 +192,7 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, error, traceback):
-        # With a process lost, a save by several processes may never end.
+        # If a process is lost, a save by several processes may never end.
         if error is None or jax.process_count() == 1:
             self.close(quiet=error is not None)
 
@@ -200,7 +200,7 @@ class Checkpointer:
         """Waits for the save that is running.
 
         Args:
-          quiet: raises nothing, where another error is being raised.
+          quiet: raises nothing, because another error is being raised.
 
         Raises:
           SaveError: the last checkpoint could not be saved.
@@ -254,7 +254,7 @@ class _Sealing:
 
 
 def set_aside_damaged(workdir, log: Callable[[str], Any] = print) -> None:
-    """Moves checkpoints whose files changed, from the latest to the first good one.
+    """Moves damaged checkpoints away, from the latest back to the first good one.
 
     They go to `damaged_checkpoints`; nothing is deleted. One process calls it, before a
     `Checkpointer` is made.
@@ -313,11 +313,11 @@ def checkpoint_folder(workdir) -> Path:
 
 
 def restore_trees(workdir, step: int, trees: dict[str, Any]) -> dict[str, Any]:
-    """Some trees of parameters of a checkpoint, without the optimizer's state.
+    """Some parameter trees of a checkpoint, without the optimizer state.
 
     Args:
-      workdir: of the run.
-      step: of the checkpoint.
+      workdir: folder of the run.
+      step: step of the checkpoint.
       trees: 'infer', 'params' or 'target' -> shapes with shardings.
     """
     state = {name: tree for name, tree in trees.items() if name != 'infer'}

@@ -20,7 +20,7 @@ from ism_jax.training.paired_pool import Pool
 from ism_jax.training.progress import Progress
 from ism_jax.training.train_state import TrainState
 
-# Batches of skipped steps that are kept, besides the one that ends a run.
+# Batches of skipped steps that are kept, in addition to the one that ends a run.
 MAX_KEPT_BATCHES = 5
 
 
@@ -30,11 +30,11 @@ class NonFiniteError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
-    """When something happens, in training steps.
+    """When to log, save and draw, in training steps.
 
     Attributes:
       end: the last step.
-      log, checkpoint, grid: steps between two of them; `grid` 0 for none.
+      log, checkpoint, grid: their intervals in steps; `grid` 0 for none.
     """
 
     end: int
@@ -43,7 +43,7 @@ class Intervals:
     grid: int
 
     def is_due(self, name: str, step: int) -> bool:
-        """Whether `name` happens after `step` steps; logs and checkpoints end a run."""
+        """Whether `name` is due after `step` steps; a run ends with logs and saves."""
         every = getattr(self, name)
         return bool(every) and (
             step % every == 0 or (step == self.end and name != 'grid')
@@ -69,23 +69,23 @@ def run(
     """Trains from `state.step` to `intervals.end`.
 
     Args:
-      state: is donated.
+      state: the initial state; it is donated.
       train_step: see `train_step.train_step`, compiled.
       seed_key: the run's key.
-      next_pool: the pool that the next step needs, and the coupling's report.
+      next_pool: returns the pool of the next step, and the coupling's report.
       intervals: when to log, save and draw.
       progress: reports and records.
-      loader: of the pools; its skipped images and retries are reported.
+      loader: loader of the pools; its skipped images and retries are reported.
       save: saves a state; `save(state, hurry=True)` before a requested stop.
       draw_grids: draws samples of a state.
-      requests: of signals to stop.
+      requests: requests to stop, from signals.
       watchdog: reports a step that hangs.
       max_skipped_in_row: non-finite steps in a row that end the run.
       workdir: where the batches of skipped steps are kept.
 
     Raises:
       NonFiniteError: too many steps in a row were not finite.
-      preemption.Preempted: a signal asked to stop; the last step is saved.
+      preemption.Preempted: a signal requested a stop; the last step is saved.
     """
     check = functools.partial(
         stop_if_not_finite, max_skipped_in_row=max_skipped_in_row, workdir=workdir
@@ -108,7 +108,7 @@ def run(
         if requests.stop_after(done):
             watchdog.stop()
             progress.log(done, coupling)
-            progress.show(f'asked to stop: saving step {done}')
+            progress.show(f'stop requested: saving step {done}')
             save(state, hurry=True)
             raise requests.error(f'step {done} is saved')
         if intervals.is_due('checkpoint', done):
@@ -160,12 +160,12 @@ def stop_if_not_finite(
         raise NonFiniteError(
             f'loss or gradient was not finite in {in_row} steps in a row, up to step '
             f'{step}; the batch is in {path}. Use a lower learning rate, clip '
-            'gradients at norm 1, or look at the batch; the last checkpoint is kept'
+            'gradients at norm 1, or inspect the batch; the last checkpoint is kept'
         )
 
 
 def keep_batch(path: Path, step: int, metrics, pool: Pool) -> None:
-    """Writes the batch of a step; a full disk only warns."""
+    """Writes the batch of a step; a failure, such as a full disk, only warns."""
     turn = step % pool.labels.shape[0]
     arrays = {'images': pool.data, 'labels': pool.labels}
     arrays |= {'noise_index': pool.noise_index}
@@ -201,15 +201,15 @@ def save(
     """Starts saving a state, with the score that ranks its checkpoint.
 
     Args:
-      state: of a step.
+      state: the state after a step.
       checkpointer: saves it.
       loader: its position is saved.
-      config: JSON-able, of the run.
+      config: config of the run, JSON-able.
       scorer: a `SampleScorer`, or None.
-      samples: the score is the Frechet distance of so many samples in 4 steps without
-        guidance; with 0, or without a scorer, it is the mean loss.
+      samples: number of samples of the score, the Frechet distance in 4 steps without
+        guidance; with 0, or without a scorer, the score is the mean loss.
       progress: reports the score.
-      hurry: neither scores nor returns before everything is saved.
+      hurry: skips the score, and returns only when everything is saved.
     """
     score = progress.loss
     if scorer and samples and hurry:
@@ -219,7 +219,7 @@ def save(
         progress.show(
             f'step {int(state.step)}: Frechet distance in 4 steps {score:.3f}'
         )
-    # The loader may be a pool ahead: the position is that of the step.
+    # The loader may be a pool ahead; the position of this step is saved.
     position = loader.get_state() | {'next_pool': int(state.step) // loader.batches}
     checkpointer.save(state, position, config, score)
     if hurry:

@@ -18,7 +18,7 @@ def learning_rate(
     }[schedule]()
     if not warmup_steps:
         return after
-    # From peak / warmup_steps, as a first step with rate 0 would be wasted.
+    # Starts at peak / warmup_steps, because a step with rate 0 would be wasted.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, warmup_steps)
     return optax.join_schedules([warmup, after], [warmup_steps])
 
@@ -32,7 +32,7 @@ def adamw(
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm (`clip_norm = 0` for none).
+    """AdamW after clipping by global norm (`clip_norm = 0` for no clipping).
 
     Weight decay acts on matrices only, not on biases.
     """

@@ -1,4 +1,4 @@
-"""A pool: K batches on the devices, each sample paired with a noise."""
+"""A pool: K batches on the devices, each sample paired with noise."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Pool(NamedTuple):
     Attributes:
       data: x1, [K, M, H, W, C] float32: images in [-1, 1], or latents.
       labels: [K, M] int32.
-      noise_index: [K, M] int32, the number of the noise paired with each sample.
+      noise_index: [K, M] int32, number of the noise that each sample is paired with.
       number: int32, number of the pool in the run.
     """
 
@@ -44,7 +44,7 @@ def next_pool(loader, couple, mesh, seed_key) -> tuple[Pool, dict]:
     Args:
       loader: iterator of `pool_loader.HostPool`.
       couple: see `coupling.couple_pool`, compiled; None pairs sample i with noise i.
-      mesh: of the devices.
+      mesh: the devices.
       seed_key: the run's key.
     """
     host = next(loader)

@@ -1,4 +1,4 @@
-"""What a person reads of a run: a progress bar or lines, TensorBoard, and grids."""
+"""Reports of a run for people: a progress bar or lines, TensorBoard, and grids."""
 
 import contextlib
 import os
@@ -22,10 +22,10 @@ class Progress:
 
     Args:
       workdir: event files go to `workdir/tensorboard`, pictures to `workdir/grids`.
-      hyperparameters: by dotted name, recorded once.
+      hyperparameters: values by dotted name, recorded once.
       batch_size: images per step.
-      num_steps: of the whole training.
-      first_step: where this part of the training starts.
+      num_steps: number of training steps.
+      first_step: step from which this process trains.
 
     Attributes:
       loss: mean loss of the last log.
@@ -109,7 +109,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self):
-        """Leaves what happens within it out of images/s."""
+        """Excludes the time of a `with` block from images/s."""
         started = time.time()
         yield
         then, step = self._timer
@@ -120,7 +120,7 @@ class Progress:
         if not self._writes or images.shape[-1] not in (1, 3):
             return
         picture = image_grid.grid(
-            # A diverged network is worth seeing too.
+            # Images of a diverged network are informative too.
             np.nan_to_num(images),
             columns,
             scale=image_grid.readable_scale(images.shape[1]),
@@ -137,10 +137,10 @@ class Progress:
             self._record(self._writer.close)
 
     def _record(self, write, *arguments) -> None:
-        """Writes for people to read; a failure warns once and stops no training."""
+        """Calls `write`; a failure warns once and does not stop training."""
         try:
             write(*arguments)
-        except Exception as error:  # TensorFlow's kinds, and the system's.
+        except Exception as error:  # Of TensorFlow or the system.
             if not self._failed:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.show(f'records and pictures cannot be written: {reason}')

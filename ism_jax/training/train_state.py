@@ -19,9 +19,9 @@ class TrainState:
     Attributes:
       step: int32, steps taken, including skipped ones.
       params: online parameters, float32.
-      opt_state: of the optax optimizer.
+      opt_state: state of the optax optimizer.
       target: target EMA, or None without twin EMA.
-      infer: inference EMA, which makes samples.
+      infer: inference EMA, used for sampling.
       skipped: int32, steps skipped for a non-finite loss or gradient.
       skipped_in_row: int32, skipped steps since the last finite one.
     """
@@ -35,7 +35,7 @@ class TrainState:
     skipped_in_row: jax.Array
 
     def target_params(self):
-        """The tree that makes targets."""
+        """The parameters that make the targets."""
         return self.infer if self.target is None else self.target
 
 

@@ -46,7 +46,7 @@ def train_step(
       accumulate: number of equal parts of the batch whose gradients are averaged.
       target_decay, infer_decay, ema_warmup: see `ism_jax.training.ema`; the warm-up is
         of the inference EMA.
-      num_steps: of the whole training, for objectives with a curriculum.
+      num_steps: number of training steps, for objectives with a curriculum.
 
     Returns:
       The next state, and scalars by name.

@@ -1,4 +1,4 @@
-"""Assignment of rows to columns for nearly the largest total value, by an auction."""
+"""Assigns rows to columns by an auction, for nearly the largest total value."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 # A bid exceeds the second best offer by this much. It bounds the distance of the total
 # from the optimum, per row, in the units of the values.
 INCREMENT = 0.02
-# Rows that bid in a round. Fewer take more rounds; more waste bids on equal columns.
+# Rows that bid in a round. Fewer need more rounds; more waste bids on equal columns.
 BIDDERS = 8
 # Bound on the rounds. The auction ends without it, but slowly where many rows are equal
 # (hundreds of identical images); rows left without a column are then paired in order.
@@ -27,7 +27,7 @@ def argmax(x: jax.Array, axis: int) -> jax.Array:
 def auction(
     value: jax.Array, price: jax.Array, favourite: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Assigns a column of its own to every row.
+    """Assigns a different column to every row.
 
     Each row first gets its favourite column, unless an earlier row has the same one. A
     row without a column bids for the column with the largest value minus price. Its bid
@@ -36,13 +36,13 @@ def auction(
 
     From any prices the total value is within `INCREMENT` per row of the optimum
     (Bertsekas, "Auction algorithms for network flow problems: a tutorial introduction",
-    1992). From Sinkhorn's prices few bids are left to make.
+    1992). From Sinkhorn's prices, few bids are needed.
 
     `BIDDERS` rows bid in a round while the others wait, so that a round reads few rows
     of the matrix.
 
     Args:
-      value: [n, n] of each column for each row.
+      value: [n, n], value of each column for each row.
       price: [n] initial prices of the columns.
       favourite: [n] int32, the argmax of value - price for each row.
 
@@ -76,7 +76,7 @@ def auction(
     carry = price, owner, rows, jnp.int32(bidders), jnp.int32(0)
     price, owner, _, _, rounds = jax.lax.while_loop(continues, play, carry)
     column = jnp.full(size, nobody).at[owner].set(number, mode='drop')
-    # Pairs in order what is left if the rounds ran out.
+    # If the rounds ran out, the remaining rows and columns are paired in order.
     rows = jnp.nonzero(column == nobody, size=size, fill_value=size)[0]
     columns = jnp.nonzero(owner == nobody, size=size, fill_value=size)[0]
     column = column.at[rows].set(columns.astype(jnp.int32), mode='drop')
@@ -86,7 +86,7 @@ def auction(
 def _bid(value, price, owner, rows):
     """One round: new prices and owners, and the rows without a column [bidders].
 
-    Row n stands for nobody, as owner and as bidder.
+    Row n stands for no row, as owner and as bidder.
     """
     size = value.shape[0]
     nobody = jnp.int32(size)
@@ -117,5 +117,5 @@ def _earlier(count: int) -> jax.Array:
 
 
 def _row_at(queue, position):
-    """Rows at these positions of the queue; nobody behind its end."""
+    """Rows at these positions of the queue; n (no row) past its end."""
     return queue.at[position].get(mode='fill', fill_value=queue.shape[0])

@@ -19,7 +19,7 @@ def solve_classes(
     class_capacity: int | None,
     max_classes: int | None,
 ):
-    """Solves one problem per class; returns what `solve` would of a single problem.
+    """Solves one problem per class; returns what `solve` returns for a single problem.
 
     Shapes are static. Each class is a block of fixed capacity, padded with points that
     can only be paired with themselves. If a class exceeds the capacity or the pool has
@@ -33,7 +33,7 @@ def solve_classes(
       data: [n, D].
       labels: [n] integers; a point with a label outside [0, num_classes) is paired with
         the noise of the same index.
-      key: for the draws of `solve`, or None.
+      key: random key for `solve`, or None.
       num_classes: number of possible labels.
       class_capacity: points per block; None for the mean class size plus four standard
         deviations.
@@ -69,7 +69,7 @@ def _block_table(group, counts, blocks: int, capacity: int) -> jax.Array:
     """
     size = group.shape[0]
     present = counts[:-1] > 0
-    # Blocks are numbered in the order of the classes that occur; `blocks` is none.
+    # Blocks are numbered in the order of the classes that occur; `blocks` means none.
     number = jnp.append(jnp.cumsum(present) - 1, blocks).astype(jnp.int32)
     order = jnp.argsort(group, stable=True).astype(jnp.int32)
     start = jnp.cumsum(counts) - counts
@@ -79,12 +79,12 @@ def _block_table(group, counts, blocks: int, capacity: int) -> jax.Array:
 
 
 def _solve_blocks(solve, noise, data, key, table):
-    """Solves each block of the table; results by point of the pool."""
+    """Solves each block of the table; returns the results per point of the pool."""
     size = data.shape[0]
     blocks, capacity = table.shape
     valid = table < size
     rows = jnp.minimum(table, size - 1)
-    # Real points share group 0, and each padding point has a group of its own.
+    # Real points share group 0, and each padding point has its own group.
     padding = jnp.arange(1, capacity + 1, dtype=jnp.int32)
     group = jnp.where(valid, 0, padding[None])
     keys = None if key is None else jax.random.split(key, blocks)

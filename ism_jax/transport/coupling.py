@@ -2,28 +2,28 @@
 
 Straight paths need well paired noise and data, and a batch has too few points for
 that. iSM (arXiv 2510.21250, "scaling optimal transport") pools K batches of size M,
-solves one entropic problem between the n = K M noises and the n data points, pairs by
-its plan, and splits the pairs into K batches again.
+solves one entropic problem between the n = K M noise samples and the n data points,
+pairs them by its plan, and splits the pairs into K batches again.
 
 **Cost.** The negative dot product of centred points. Squared norms and means add terms
 that depend on one point of a pair only. These do not change the optimal plan, but they
 worsen the conditioning (arXiv 2506.05526) and would enter the standard deviation of the
 cost, which epsilon is relative to.
 
-**Marginals.** The plan is rounded to a permutation: each data point and each noise of
-the pool is used exactly once. An auction (Bertsekas 1992) rounds it, starting from
-Sinkhorn's potentials, and the report bounds the distance to the optimum. Data and
-labels never move: a coupling is the index of the noise of each data point.
+**Marginals.** The plan is rounded to a permutation: each data point and each noise
+sample of the pool is used exactly once. An auction (Bertsekas 1992) rounds it, starting
+from Sinkhorn's potentials, and the report bounds the distance to the optimum. Data and
+labels never move: a coupling is the noise index of each data point.
 
 **Classes.** A class-blind coupling makes p(x0 | c) differ from N(0, I), but sampling
 draws x0 from N(0, I) for every class (C2OT, arXiv 2503.10636).
 With `per_class` each class is a separate problem, between its data and
-the noises of the same indices. The indices do not depend on the noise, so the noise is
+the noise of the same indices. The indices do not depend on the noise, so the noise is
 N(0, I) given the class.
 
 **Devices.** Rounding depends on how sums are split over devices, and one bit can change
 a pairing. With a `mesh`, `couple_pool` therefore gathers the data, and every device
-runs the same program on all of it. The pairing does not depend on the devices, and a
+runs the same program on all of it. The pairing does not depend on the devices, so a
 run may resume on another number of them.
 """
 
@@ -49,7 +49,7 @@ SAMPLING_NUMBER = 2**32 - 1
 
 
 class Coupling(NamedTuple):
-    """A pairing of the noises and the data of a pool.
+    """A pairing of the noise and the data of a pool.
 
     Attributes:
       noise_index: [n] int32; data point j is paired with noise `noise_index[j]`.
@@ -57,16 +57,16 @@ class Coupling(NamedTuple):
         cost, cost_independent: mean squared distance of the pairs, and of the pairs of
           noise i and data point i.
         cost_ratio: their ratio.
-        used_noise: share of the noises that the pairing uses; 1 for a permutation.
+        used_noise: share of the noise samples that are used; 1 for a permutation.
         nonfinite: number of data points that are not finite.
         entropy: H(P) / log n - 1 of the plan P; 0 for a permutation, 1 for
           independence. With classes, the mean over the points.
         converged: share of the problems whose error reached the tolerance.
-        iterations: of Sinkhorn, the maximum over the problems.
+        iterations: Sinkhorn iterations, the maximum over the problems.
         marginal_error: L1 error of the noise's marginal (rows of data are normalised).
-        unique_noise: share of the noises that are the likeliest of some data point.
-        unique_data: share of the data that are the likeliest of some noise.
-        rounds: of the auction; 0 for 'row_sampling'.
+        unique_noise: share of the noise samples that are likeliest for a data point.
+        unique_data: share of the data points that are likeliest for a noise sample.
+        rounds: rounds of the auction; 0 for 'row_sampling'.
         gap ('permutation' only): the gain of an optimal permutation over the
           independent pairing is at most 1 / (1 - gap) times this one's.
     """
@@ -93,8 +93,8 @@ def couple_pool(
       data: [n, ...]; replicated, or split over `mesh`.
       labels: [n] integers; None for a class-blind coupling.
       pool_key: scalar key, one per pool.
-      mesh: devices of `data`; None for one device. Data on several devices need it.
-      **options: of `couple`.
+      mesh: devices of `data`, required if there are several; None for one device.
+      **options: arguments of `couple`.
     """
 
     def solve_pool(data, labels, pool_key):
@@ -140,21 +140,21 @@ def couple(
       noise: [n, D].
       data: [n, D].
       labels: [n] integers in [0, num_classes), for `per_class` only. A point with any
-        other label keeps the noise of its own index.
-      key: for 'row_sampling' only.
-      method: 'permutation' uses every data point and every noise once. 'row_sampling'
-        draws a noise for each data point from its row of the plan: some noises are used
-        twice and others never, so the noise is no longer exactly N(0, I).
-      per_class: pair a data point only with noises whose index belongs to its class.
+        other label keeps the noise of the same index.
+      key: random key for 'row_sampling', or None.
+      method: 'permutation' uses every data point and every noise sample once.
+        'row_sampling' draws noise for each data point from its row of the plan: some is
+        used twice and some never, so the noise is no longer exactly N(0, I).
+      per_class: pair a data point only with noise whose index belongs to its class.
       num_classes: number of classes, for `per_class`.
       epsilon: entropic regularisation, in standard deviations of the (class's) cost;
         may be traced.
-      max_iterations: of Sinkhorn.
-      tolerance: of Sinkhorn, on the L1 error of marginals that sum to 1.
+      max_iterations: upper bound on the Sinkhorn iterations.
+      tolerance: bound on the L1 error of Sinkhorn's marginals, which sum to 1.
       class_capacity: largest class of the fast path of `per_class`, which takes
         max_classes * class_capacity**2 floats per matrix; None for the mean class size
         plus four standard deviations.
-      max_classes: most classes of a pool in the fast path; None for `num_classes`.
+      max_classes: largest number of classes in the fast path; None for `num_classes`.
         Pools with larger or more classes get the same coupling more slowly, without a
         new compilation.
 
@@ -211,7 +211,7 @@ def solve(
     max_iterations: int,
     tolerance: float,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Couples noises and data of equal group.
+    """Couples noise and data of equal group.
 
     Args:
       noise, data: [n, D] float32, centred.
@@ -222,10 +222,10 @@ def solve(
       method, epsilon, max_iterations, tolerance: see `couple`.
 
     Returns:
-      Values by point [n]. Of data points: `choice` (index of the noise),
-      `likeliest_noise`, `entropy` and `excess` (similarity that the dual bound leaves
-      to gain). Of noises: `likeliest_data` and `noise_mass` (1 if the marginal is met).
-      And scalars `converged`, `iterations` and `rounds`.
+      Values per point [n]. For data points: `choice` (index of the noise),
+      `likeliest_noise`, `entropy` and `excess` (similarity below the dual bound). For
+      noise samples: `likeliest_data` and `noise_mass` (1 if the marginal is met). And
+      scalars: `converged`, `iterations` and `rounds`.
     """
     similarity, scale, count = _similarity(noise, data, group, num_groups)
     plan = sinkhorn.solve(

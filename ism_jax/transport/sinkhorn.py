@@ -8,9 +8,9 @@ from ott.geometry import geometry
 from ott.solvers import linear
 from ott.solvers.linear import acceleration
 
-# Over-relaxation. It takes about half of the iterations that 1.0 takes here.
+# Over-relaxation. It needs about half as many iterations as 1.0.
 MOMENTUM = 1.3
-# Iterations from one check of the error to the next.
+# Iterations between two checks of the error.
 INNER_ITERATIONS = 5
 
 
@@ -18,12 +18,12 @@ class Plan(NamedTuple):
     """The plan between n rows and n columns of equal mass, normalised by row.
 
     Attributes:
-      price: [n] of the columns, their negative dual potentials.
+      price: [n], prices of the columns, their negative dual potentials.
       logits: [n, n], (similarity - price) / epsilon.
       probability: [n, n], the softmax of the logits over each row.
-      entropy: [n] of each row, in nats.
+      entropy: [n], entropy of each row, in nats.
       converged: whether the marginal error reached the tolerance.
-      iterations: int32.
+      iterations: number of iterations, int32.
     """
 
     price: jax.Array
@@ -46,8 +46,8 @@ def solve(
     Args:
       similarity: [n, n] float32.
       epsilon: entropic regularisation, in the units of the similarity.
-      max_iterations: upper bound.
-      tolerance: of the L1 error of marginals that sum to 1.
+      max_iterations: upper bound on the iterations.
+      tolerance: on the L1 error of marginals that sum to 1.
     """
     with jax.numpy_rank_promotion('allow'):  # OTT relies on it.
         plan = linear.solve(

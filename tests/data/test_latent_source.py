@@ -95,14 +95,14 @@ def _take(loader, count):
 def test_each_epoch_samples_the_posterior_with_its_deviation(make_latent_loader):
     loader = make_latent_loader(batches=4, flip=False)
     source = loader.source
-    pools = _take(loader, 200)  # An epoch each.
+    pools = _take(loader, 200)  # One epoch each.
     means = np.stack([source[i].mean[0] for i in range(44)])
     values = [[] for _ in range(44)]
     for pool in pools:
         for value in pool.images.reshape(44, *SHAPE):
             # The means are much further apart than the deviations of about 0.15.
             values[np.abs(value / 0.5 - means).sum((1, 2, 3)).argmin()].append(value)
-    assert {len(v) for v in values} == {200}  # Once an epoch.
+    assert {len(v) for v in values} == {200}  # Once per epoch.
     for drawn, record in zip(map(np.stack, values), source, strict=False):
         assert len(np.unique(drawn, axis=0)) == 200
         deviation = 0.5 * np.exp(0.5 * record.log_variance[0])

@@ -171,7 +171,7 @@ def test_flip_belongs_to_the_position_not_to_the_batch_size(make_loader):
 @pytest.mark.parametrize('stop', [0, 1, 2, 5])
 @pytest.mark.parametrize('count', [1, 2])
 def test_resumed_loader_repeats_the_uninterrupted_one(make_loader, stop, count):
-    # 50 is no multiple of the 16 of a pool, so most pools begin within an epoch.
+    # 50 is not a multiple of the 16 of a pool, so most pools begin within an epoch.
     source = _flippable(50)
     pools = _take(make_loader(source, flip=True), stop + 3)
     stopped = make_loader(source, flip=True)
@@ -302,7 +302,7 @@ def test_in_memory_pools_are_fast(make_loader):
         start = time.perf_counter()
         next(loader)
         times.append(time.perf_counter() - start)
-    # The fastest, as other processes may share the machine.
+    # The fastest, because other processes may share the machine.
     assert min(times) < 0.02
 
 

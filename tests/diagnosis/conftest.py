@@ -53,7 +53,7 @@ def guided_network(x, t, d, w, label):
 
 
 def make_subject(method, network, **options):
-    """A subject of any function in place of a network."""
+    """A subject with any function as its network."""
     objective = objectives.load(method)(num_classes=NULL, **options)
     size = 32
     noise, data = make_normal(2, size, *SHAPE)
@@ -116,7 +116,7 @@ def subject():
 
 @pytest.fixture
 def intrinsic():
-    """A network that follows any w in steps of all sizes, without a pull to 0."""
+    """A network with guidance scale w at every step size."""
 
     def network(x, t, d, w, label):
         del t, d

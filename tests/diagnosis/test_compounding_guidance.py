@@ -8,7 +8,7 @@ from ism_jax.diagnosis import compounding_guidance
 from ism_jax.diagnosis import subject as subjects
 
 
-def test_a_scale_that_nothing_explains_is_not_clear(batch, normal, affine_field, null):
+def test_a_step_that_no_scale_explains_is_not_clear(batch, normal, affine_field, null):
     x, t, label = batch()
     steps = jax.jit(
         lambda scale: subjects.cfg_velocity(
@@ -31,7 +31,7 @@ def test_a_network_without_labels_or_finite_values_is_refused(velocity):
 
 def test_compounding_of_a_network_is_found(baked):
     scales = compounding_guidance.network_scales(baked, 0.5)
-    # The sampler guides the smallest step itself.
+    # The sampler guides the finest step itself.
     expected = {1: 1.5, 2: 1.5, 4: 1.5**2, 8: 1.5**3}
     assert {n: e.scale for n, e in scales.items()} == pytest.approx(expected, rel=5e-3)
     section = compounding_guidance.diagnose(baked, {'SM': scales})

@@ -11,11 +11,11 @@ from ism_jax.diagnosis import frequency_bias
 def test_white_images_have_a_flat_spectrum(normal):
     frequencies, power = frequency_bias.radial_power(normal(200, 32, 24, 2))
     assert frequencies[0] == 0 and frequencies[-1] == 0.5 and len(power) == 13
-    np.testing.assert_allclose(power[1:], 1, atol=0.1)  # The first is of 8 waves.
+    np.testing.assert_allclose(power[1:], 1, atol=0.1)  # The first ring has 8 waves.
 
 
 def test_a_blur_has_its_transfer_function():
-    """A single bright pixel is exactly white; a mean of two pixels is a cosine."""
+    """One bright pixel has a white spectrum, a mean of two pixels a cosine."""
     impulse = np.zeros((1, 32, 32, 1))
     impulse[0, 3, 5] = 32  # Its mean square is 1.
     blurred = (impulse + np.roll(impulse, 1, axis=1)) / 2

@@ -1,4 +1,4 @@
-"""Numbers in words, and the HTML page."""
+"""Formatted numbers, and the HTML page."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_numbers_have_three_digits_and_no_exponent(value, text):
     assert report.number(value) == text
 
 
-def test_shares_in_words():
+def test_shares_are_formatted():
     assert report.percent(1) == '100%' and report.percent(0.0456) == '4.56%'
 
 

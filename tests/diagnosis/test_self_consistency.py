@@ -9,7 +9,7 @@ from ism_jax.diagnosis import self_consistency
 
 
 def _exact_velocity(x, t, d, w, label):
-    """Of dx/dt = x: the mean over d is x (e^d - 1) / d."""
+    """Mean velocity of dx/dt = x over d: x (e^d - 1) / d."""
     del t, w, label
     return x * (jnp.expm1(d) / d)[:, None, None, None]
 
@@ -54,7 +54,7 @@ def test_a_consistent_network_whose_target_ema_lags(intrinsic):
 
 
 @pytest.mark.parametrize('method', ['flow_matching', 'consistency'])
-def test_methods_without_step_sizes_have_a_lag_alone(subject, network, method):
+def test_methods_without_step_sizes_have_only_a_lag(subject, network, method):
     section = self_consistency.diagnose(subject(method, network))
     assert section.grade == 'none' and 'error not applicable' in section.number
     assert method in section.verdict and section.figure

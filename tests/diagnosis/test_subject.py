@@ -1,4 +1,4 @@
-"""Points, velocities and samples that the diagnoses are made of."""
+"""Points, velocities and samples that the diagnoses use."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ def test_steps_start_at_multiples_of_their_size(normal):
     noise, data = normal(2, 200, 2, 2, 1)
     rng = np.random.default_rng(0)
     x, t, d = subjects.step_starts(rng, noise, data, 4, 16, after=0.25, start_time=0.3)
-    # The step that ends at 0.25 is left out, the next loses its part before 0.3.
+    # The step that ends at 0.25 is left out, the next is cut at 0.3.
     expected = np.where(t < 0.4, [[0.3], [0.2]], [t, 0 * t + 0.25])
     np.testing.assert_allclose([t, d], expected, rtol=1e-6)
     assert set(np.round(np.asarray(t), 6)) == {np.float32(0.3), 0.5, 0.75}
@@ -35,7 +35,7 @@ def test_small_steps_are_guided_from_the_interval_on(batch, affine_field, null):
     assert np.abs(found - velocity(x, t, d, 4, 4.0)).max() > 0.1
 
 
-def test_guidance_of_the_smallest_step_is_detected(subject, network):
+def test_guidance_of_the_finest_step_is_detected(subject, network):
     def guided(x, t, d, w, label):
         return network(x, t, d, 1 + w, label)
 

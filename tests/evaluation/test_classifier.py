@@ -137,7 +137,7 @@ def truncate(data):
 
 
 def flip_a_bit(data):
-    # Inside the largest array, where only a checksum can tell.
+    # Inside the largest array, where only a checksum detects it.
     at = data.index(b'Dense_0/kernel') + 400
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
@@ -158,11 +158,11 @@ def test_damaged_cache_is_reported_and_replaced(tmp_path, monkeypatch, damage, t
     path = tmp_path / f'classifier-{key}.npz'
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    with pytest.warns(UserWarning, match='cannot be used .*recomputed and replaced'):
+    with pytest.warns(UserWarning, match='cannot be used .*recomputing and replacing'):
         again = classifier.load_or_train(images, labels, **arguments)
     np.testing.assert_array_equal(again(images)['logits'], trained(images)['logits'])
     monkeypatch.setattr(classifier, 'train', None)
-    classifier.load_or_train(images, labels, **arguments)  # The file is whole again.
+    classifier.load_or_train(images, labels, **arguments)  # The file was replaced.
 
 
 def test_cache_of_another_key_is_not_used(tmp_path, monkeypatch, trained):

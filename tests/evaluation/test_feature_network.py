@@ -1,4 +1,4 @@
-"""Feature networks: their inputs, their identity, and weights from the net."""
+"""Feature networks: their inputs, their identity, and downloaded weights."""
 
 import hashlib
 

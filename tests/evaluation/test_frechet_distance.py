@@ -23,7 +23,7 @@ def _random_covariance(random, size, rank=None, decay=0.0):
 
 
 def _textbook_distance(mean1, covariance1, mean2, covariance2):
-    """Equation 6 of Heusel et al. as it stands, by SciPy's Schur method."""
+    """Equation 6 of Heusel et al., by SciPy's Schur method."""
     root = scipy.linalg.sqrtm(covariance1 @ covariance2).real
     traces = np.trace(covariance1 + covariance2 - 2 * root)
     return ((mean1 - mean2) ** 2).sum() + traces
@@ -170,7 +170,7 @@ def test_statistics_do_not_depend_on_the_batches():
     np.testing.assert_allclose(statistics.covariance(), np.cov(features.T), atol=1e-8)
 
 
-def test__statistics_float32_are_float64():
+def test_statistics_of_float32_features_are_float64():
     features = np.random.RandomState(0).standard_normal((50, 3)).astype(np.float32)
     statistics = _statistics(jnp.asarray(features))
     assert statistics.scatter.dtype == statistics.mean.dtype == np.float64

@@ -30,11 +30,11 @@ def test_agrees_with_torch_fidelity(splits, seed, torch_fidelity):
 
 
 def test_score_is_the_number_of_predicted_classes():
-    # Equally many samples, certainly of 5 of 9 classes.
+    # The same number of samples of 5 of 9 classes, predicted with certainty.
     certain = 1e4 * np.eye(9, dtype=np.float32)[np.arange(100) % 5]
     mean, deviation = inception_score(certain, splits=4, seed=None)
     assert (mean, deviation) == (pytest.approx(5.0, rel=1e-12), pytest.approx(0.0))
-    # All samples alike.
+    # All samples are equal.
     np.testing.assert_allclose(inception_score(np.tile(_logits(1), (40, 1)))[0], 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Real images from folders and NPZ files; what is wrong with them is named."""
+"""Real images from folders and NPZ files, and the messages about their faults."""
 
 import numpy as np
 from PIL import Image

@@ -40,7 +40,7 @@ def _images(count=37, seed=0):
 
 def _write_folder(folder, images, classes=3):
     for number, image in enumerate(images):
-        # Names of which the order is that of the images.
+        # The order of the names is that of the images.
         path = folder / f'class_{number * classes // len(images)}' / f'{number:03}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
@@ -120,7 +120,7 @@ def test_kept_features_are_of_images_throughout(tmp_path, monkeypatch, make_netw
     rows = [int(np.abs(out - row[None]).sum(1).argmin()) for row in found.features]
     np.testing.assert_array_equal(out[rows], found.features)
     assert len(set(rows)) == 12 and rows == sorted(rows)
-    assert min(rows) < 10 and max(rows) >= 27  # Not those of one class.
+    assert min(rows) < 10 and max(rows) >= 27  # Not from one class.
     assert found.count == 37
 
 
@@ -184,7 +184,7 @@ def test_damaged_files_are_recomputed(tmp_path, damage, make_network):
         ).key
         (tmp_path / f'reference-{key}.npz').rename(path)
     network.count = 0
-    with pytest.warns(UserWarning, match='recomputed and replaced'):
+    with pytest.warns(UserWarning, match='recomputing and replacing'):
         again = reference_statistics.load_or_compute(
             source, network, cache_dir=tmp_path
         )

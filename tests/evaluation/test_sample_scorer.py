@@ -41,7 +41,7 @@ def scorer(real, monkeypatch):
     source = array_source.ArraySource('pixels', real, brighter(real), ['left', 'right'])
 
     def apply(params, x, t, d, w, label):
-        # Straight to two pixels of which the one of the label is brighter.
+        # Straight to two pixels; the pixel of the label is brighter.
         target = jnp.where(jnp.arange(2)[None] == label[:, None], 0.5, -0.5)
         return (target[:, None, :, None] + params * w[:, None, None, None] - x) / (
             1 - t[:, None, None, None]

@@ -1,4 +1,4 @@
-"""Streams of randomness do not meet."""
+"""Random streams do not overlap."""
 
 import jax
 import jax.numpy as jnp

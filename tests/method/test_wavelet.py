@@ -69,7 +69,7 @@ def test_parseval_fails_for_a_biorthogonal_wavelet():
 
 
 def _unit_errors():
-    """Of unit mean square: constant, cosines of 4 and 8 periods, checkerboard."""
+    """Unit mean square errors: constant, cosines of 4 and 8 periods, checkerboard."""
     x = np.arange(32) / 32
     rows = [np.ones(32), *(np.sqrt(2) * np.cos(2 * np.pi * k * x) for k in (4, 8))]
     images = [np.broadcast_to(row, (32, 32)) for row in rows]

@@ -57,8 +57,8 @@ def test_agrees_with_the_package(network):
 
 
 @needs_weights
-def test_tells_what_is_worse(network):
-    """Noise on real images costs distance, the more the worse."""
+def test_distance_grows_with_noise(network):
+    """More noise on real images gives a larger distance."""
     images = array_source.embedded_mnist(32).images[::50]
     rng = np.random.default_rng(0)
 

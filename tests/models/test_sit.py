@@ -1,4 +1,4 @@
-"""The network against a NumPy SiT, its conditions, and its ways of computation."""
+"""The network against a NumPy SiT, its conditions, remat and bfloat16."""
 
 import itertools
 

@@ -1,7 +1,7 @@
 """The terms of iSM against its equations and a closed-form flow.
 
 `Recorder` calls the objective with a function in place of the network and records every
-call, so that targets are compared with the text of the method.
+call, so that targets are compared with the equations.
 """
 
 import itertools
@@ -207,7 +207,7 @@ def _affine_flow(mean, scale):
         return expand(m) + expand(slope) * (x - expand(t * m))
 
     def step(params, x, t, d, w, c):
-        """Average velocity over [t, t + d]; the velocity itself where d = 0."""
+        """Mean velocity over [t, t + d]; the velocity itself where d = 0."""
         del params, w
         expand = lambda a: a[:, None, None, None]
         end = jnp.minimum(t + d, 1.0)
@@ -220,7 +220,7 @@ def _affine_flow(mean, scale):
 
 
 def test_the_true_flow_map_is_self_consistent():
-    """Targets are exact but for the finest step, which has d = 0 and errs by O(d)."""
+    """Targets are exact except at the finest step, which has d = 0 and errs by O(d)."""
     mean = jnp.array([1.0, -2.0, 0.5, 3.0, 0.0])
     scale = jnp.array([0.5, 1.0, 2.0, 0.7, 1.5])
     _, step = _affine_flow(mean, scale)
@@ -301,7 +301,7 @@ def test_the_smallest_batch_has_every_step_size():
 
 
 def test_ism_targets_of_the_exact_guided_map():
-    """Exact but for the finest level, at any w: there a velocity replaces a step."""
+    """Exact except for the finest level, at any w: there a velocity replaces a step."""
 
     def errors(base_steps):
         objective = ism.Objective(

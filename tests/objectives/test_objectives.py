@@ -158,7 +158,7 @@ STATIONARY = {
         shortcut.Objective(NULL, guidance=0.5, target_clip=float('inf')),
         guided_in_steps(0.5),
     ),
-    # The wrong network is guided from another time on.
+    # The wrong network is guided from another time.
     'ism': _case(
         ism.Objective(NULL, guidance_interval=0.3), guided_from(0.3), guided_from(0.0)
     ),
@@ -184,7 +184,7 @@ def test_exact_map_is_a_stationary_point(name, monkeypatch):
     """
     # One in M of IMM's pairs compares a sample with itself, so y and z are dependent.
     # This shifts the map by O(ETA_STEP): the gradient at the exact map is 0.0112(6)
-    # with the source's step and 0.0034(7) with a quarter of it.
+    # with the paper's step and 0.0034(7) with a quarter of it.
     monkeypatch.setattr(imm, 'ETA_STEP', imm.ETA_STEP / 16)
     excess = [
         np.max(np.abs(mean) / (4 * error + 5e-4))
@@ -194,7 +194,7 @@ def test_exact_map_is_a_stationary_point(name, monkeypatch):
 
 
 def test_consistency_training_is_biased_by_few_levels():
-    """With the 10 intervals at the start, the exact map is no stationary point."""
+    """With the 10 intervals at the start, the exact map is not stationary."""
     objective, network, wrong = STATIONARY['consistency']
     assert objective.num_intervals(0.0) == 10
     mean, error = next(_gradients(objective, network, wrong, progress=0.0))

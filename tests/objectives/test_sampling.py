@@ -1,4 +1,4 @@
-"""Samplers of all objectives: with the ideal network they make the data."""
+"""Samplers of all objectives: with the ideal network they reproduce the data."""
 
 from ideal_networks import (
     FLOW,
@@ -100,7 +100,7 @@ def test_finest_steps_converge_to_the_exact_map(name):
         sample, _, exact, label = _sample(objective, network, steps, w, size=128)
         error[steps] = float(jnp.abs(sample - exact).mean())
     assert 1e-4 < error[128] < 0.05 and 3 < error[32] / error[128] < 5
-    if w:  # Guidance acts.
+    if w:  # Guidance applies.
         rest = np.asarray(sample) - FLOW.means[label]
         assert np.mean(rest * FLOW.means[label]) / np.mean(FLOW.means**2) > 0.1
 

@@ -20,7 +20,7 @@ def _finest_error(base_steps, w, target):
 
 @pytest.mark.parametrize('w', [0.0, 0.5])
 def test_shortcut_targets_of_the_exact_map(w):
-    """Exact but for the finest level, where a velocity replaces a step: O(d)."""
+    """Exact except for the finest level, where a velocity replaces a step: O(d)."""
     make = lambda **kw: shortcut.Objective(
         num_classes=NULL, guidance=w, **dict(target_clip=float('inf')) | kw
     )

@@ -88,7 +88,7 @@ def test_whole_batch_is_the_official_one(monkeypatch):
     """Inputs, targets and loss equal the official ones for the official draws."""
     bootstrap, flow = _official().values()
     patterns = len(bootstrap['t'])
-    # The official code sorts by level; ours takes the levels in turn.
+    # The official code sorts by level; ours cycles through the levels.
     order = np.r_[np.arange(14).reshape(7, 2)[::-1].T.ravel(), 14, 15]
     bootstrap = {name: values[order] for name, values in bootstrap.items()}
     np.testing.assert_array_equal(
@@ -96,7 +96,7 @@ def test_whole_batch_is_the_official_one(monkeypatch):
     )
 
     def interleave(first, second):
-        """One bootstrapped sample, then EVERY - 1 of flow matching, and again."""
+        """One bootstrapped sample, then EVERY - 1 of flow matching, repeated."""
         second = second.reshape(patterns, EVERY - 1, *second.shape[1:])
         both = np.concatenate([first[:, None], second], axis=1)
         return both.reshape(-1, *both.shape[2:])

@@ -42,7 +42,7 @@ CONFIG = '--config=configs/quickstart.py'
         ((CONFIG, '--config.train.steps=many'), '--config.train.steps=many'),
         ((CONFIG, '--config.train.batch_size=20'), 'train.batch_size = 20'),
         ((CONFIG, '--wrkdir=x'), "Unknown command line flag 'wrkdir'"),
-        ((CONFIG, 'x'), "'x' is no flag"),
+        ((CONFIG, 'x'), "'x' is not a flag"),
         ((CONFIG, '--workdir=gs://bucket/a'), '--workdir gs://bucket/a is a URL'),
     ],
 )
@@ -75,7 +75,7 @@ def test_help_on_the_config_lists_every_field_with_its_value():
 
 
 @pytest.mark.parametrize('url', ['gs://bucket/a', 's3://b', 'https://x/y', 'gs:/a'])
-def test_urls_are_no_local_paths(url):
+def test_urls_are_not_local_paths(url):
     with pytest.raises(ValueError, match=f'--out {url} is a URL'):
         files.local_path(url, '--out')
     with pytest.raises(ValueError, match='is a URL'):

@@ -20,7 +20,7 @@ from ism_jax.training import checkpoint
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 DEVICES = 4
-# Of the config, for processes and for the run that they are compared with.
+# Changes of the config, for the processes and for the run to compare with.
 CHANGES = {
     'train.steps': STEPS, 'log.every': 1, 'checkpoint.every': 4, 'log.grid_every': 0,
     'scores.enabled': False,
@@ -115,7 +115,7 @@ def _losses(text):
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
-    """One process with all four devices: its losses and its last average."""
+    """One process with all four devices: its losses and its last EMA."""
     folder = tmp_path_factory.mktemp('alone')
     workdir = folder / 'run'
     log = subprocess.run(
@@ -138,8 +138,8 @@ def _assert_as_alone(workdir, texts, alone):
     )
     run = trained_network.load(workdir)
     assert run.step == STEPS
-    # Sums are rounded otherwise, and Adam's first steps are of one size whatever the
-    # gradient's.
+    # Sums are rounded differently, and Adam's first steps have one size for any
+    # gradient.
     difference = jax.tree.map(
         lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b),
         run.params, expected.params,
@@ -147,7 +147,7 @@ def _assert_as_alone(workdir, texts, alone):
     assert max(jax.tree.leaves(difference)) < 1e-3
 
 
-def test_killed_and_taken_up_by_another_number(tmp_path, alone):
+def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path, alone):
     workdir = tmp_path / 'run'
     flags = _flags(workdir, {})
     two = Processes(2, [*flags, '--config.mesh.fsdp=2'], tmp_path)
@@ -164,14 +164,14 @@ def test_killed_and_taken_up_by_another_number(tmp_path, alone):
 
     four = Processes(4, flags, tmp_path)
     assert four.wait() == [0] * 4, four.text()
-    told = four.logs[0].read_text()
-    assert 'resuming at step' in told and '4 x cpu, mesh data 4 x fsdp 1' in told
-    # The first tells of it; the others are silent.
+    output = four.logs[0].read_text()
+    assert 'resuming at step' in output and '4 x cpu, mesh data 4 x fsdp 1' in output
+    # Only the first process reports losses.
     assert not any(_losses(log.read_text()) for log in four.logs[1:])
-    _assert_as_alone(workdir, [two.logs[0].read_text(), told], alone)
+    _assert_as_alone(workdir, [two.logs[0].read_text(), output], alone)
 
 
-def test_one_signal_stops_all_and_one_process_goes_on(tmp_path, alone):
+def test_one_signal_stops_all_and_one_process_resumes(tmp_path, alone):
     workdir = tmp_path / 'run'
     flags = _flags(workdir, {'checkpoint.every': 1000, 'log.grid_every': 2})
     two = Processes(2, flags, tmp_path, _by_slurm)
@@ -179,20 +179,20 @@ def test_one_signal_stops_all_and_one_process_goes_on(tmp_path, alone):
     two.all[1].send_signal(signal.SIGTERM)
     codes = two.wait(60)
     assert codes == [preemption.EXIT_CODE] * 2, two.text()
-    told = two.logs[0].read_text()
+    output = two.logs[0].read_text()
     assert len(list((workdir / 'grids').glob('samples_*00002.png'))) > 1
     (step,) = checkpoint.saved_steps(workdir)
-    assert f'stopped by SIGTERM; step {step} is saved' in told
+    assert f'stopped by SIGTERM; step {step} is saved' in output
     one = subprocess.run(
         [sys.executable, '-m', 'ism_jax.train', *_flags(workdir, {})], cwd=ROOT,
         env=_environment(DEVICES), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
     assert one.returncode == 0, one.stdout
-    _assert_as_alone(workdir, [told, one.stdout], alone)
+    _assert_as_alone(workdir, [output, one.stdout], alone)
 
 
-def test_bad_input_is_told_by_all(tmp_path):
+def test_bad_input_is_reported_by_all(tmp_path):
     flags = _flags(tmp_path / 'run', {'train.batch_size': 30})
     two = Processes(2, flags, tmp_path)
     assert two.wait(120) == [2, 2], two.text()
@@ -201,8 +201,8 @@ def test_bad_input_is_told_by_all(tmp_path):
         assert 'Traceback' not in log.read_text()
 
 
-def test_each_with_a_folder_of_its_own(tmp_path):
-    """A --workdir that is not the same file system everywhere."""
+def test_folders_that_are_not_shared_are_refused(tmp_path):
+    """A --workdir that is on another file system in each process."""
     port = _free_port()
     code = (
         'import sys; from pathlib import Path; '
@@ -226,9 +226,11 @@ def test_each_with_a_folder_of_its_own(tmp_path):
             )  # fmt: skip
         )
     for process in started:
-        told = process.communicate(timeout=60)[1]
-        assert process.returncode == 2, told
-        assert 'processes [1] do not see' in told and 'that all of them share' in told
+        output = process.communicate(timeout=60)[1]
+        assert process.returncode == 2, output
+        assert (
+            'processes [1] do not see' in output and 'that all of them share' in output
+        )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_each_with_a_folder_of_its_own(tmp_path):
     [
         ({}, False),
         ({'SLURM_JOB_ID': '1', 'SLURM_STEP_NUM_TASKS': '1'}, False),
-        # Of a job, not of a step: the shell of `salloc --ntasks=8`.
+        # Variables of a job, not of a step: the shell of `salloc --ntasks=8`.
         ({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '8'}, False),
         ({'SLURM_STEP_NUM_TASKS': '8'}, True),
         ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
@@ -255,7 +257,7 @@ def test_environments(environment, several):
         (dict(coordinator='a:1'), '--num_processes and --process_id missing'),
         (
             dict(kind='off', coordinator='a:1', num_processes=2, process_id=0),
-            'contradict',
+            'give either --distributed=off or --coordinator',
         ),
         (
             dict(coordinator='a', num_processes=2, process_id=0),
@@ -281,7 +283,7 @@ def test_no_cluster(monkeypatch):
         distributed.start('on')
 
 
-def test_alone_nothing_is_started():
+def test_a_single_process_starts_nothing():
     distributed.start()
     assert not jax.distributed.is_initialized()
     assert distributed.first(lambda: [1, 'a']) == [1, 'a']

@@ -1,4 +1,4 @@
-"""Meshes, how arrays are split over them, and what the compiled step makes of it."""
+"""Meshes, how arrays are split over them, and the compiled step."""
 
 import re
 import types

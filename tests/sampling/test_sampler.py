@@ -33,8 +33,8 @@ def _noise(count, key=0):
 
 
 @pytest.mark.parametrize('steps', [1, 3, 8, 128])
-def test_average_velocities_are_exact_in_any_number_of_steps(steps):
-    """dx/dt = x: the average velocity over d is x (e^d - 1) / d."""
+def test_mean_velocities_are_exact_in_any_number_of_steps(steps):
+    """dx/dt = x: the mean velocity over d is x (e^d - 1) / d."""
 
     def apply(params, x, t, d, w, label):
         del params, t, w, label

@@ -33,7 +33,7 @@ def test_the_last_and_the_best_are_kept(state, tmp_path):
 
 
 def test_the_best_survives_a_resume(state, tmp_path):
-    """Orbax forgets scores that it was not told to write."""
+    """Orbax loses scores unless it is configured to write them."""
     scores = {1: 0.1, 2: 3.0, 3: 2.0, 4: 4.0}
     assert _save(tmp_path, state, scores, keep_last=2) == [1, 3, 4]
     assert _save(tmp_path, state, {5: 5.0, 6: 6.0}, keep_last=2) == [1, 5, 6]
@@ -47,6 +47,6 @@ def test_a_score_that_is_not_finite_is_never_the_best(state, tmp_path):
     assert _save(tmp_path, state, scores, keep_last=1) == [2, 4]
 
 
-def test_no_best_is_kept_where_none_is_wanted(state, tmp_path):
+def test_keep_best_of_0_keeps_no_best(state, tmp_path):
     scores = {1: 0.1, 2: 3.0, 3: 2.0}
     assert _save(tmp_path, state, scores, keep_last=1, keep_best=0) == [3]

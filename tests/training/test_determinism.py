@@ -1,4 +1,4 @@
-"""The same seed gives the same losses: everywhere, and in bfloat16 nearly so."""
+"""The same seed gives the same losses everywhere, similar ones in bfloat16."""
 
 import re
 
@@ -9,8 +9,8 @@ import pytest
 from ism_jax import config as config_lib
 from ism_jax import train
 
-# Of the first steps of `configs/quickstart.py:runlocal`, on one device. They change
-# with the method, and not with the version of Python or JAX or with the machine.
+# Losses of the first steps of `configs/quickstart.py:runlocal`, on one device. They
+# depend on the method, and not on the version of Python or JAX or on the machine.
 LOSSES = (
     2.5976, 2.5675, 2.553, 2.5529, 2.5763, 2.5899,
     2.4786, 2.5087, 2.4751, 2.5056, 2.4665, 2.4426,
@@ -19,7 +19,7 @@ LOSSES = (
 
 @pytest.fixture(scope='module')
 def losses(tmp_path_factory):
-    """By dtype, of every step."""
+    """Losses of every step, by dtype."""
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, 'devices', lambda: devices)
@@ -57,5 +57,5 @@ def test_bfloat16_follows_float32(losses):
         f'{difference.mean():.2e}, largest {difference.max():.2e}; float32 falls from '
         f'{fine[:5].mean():.3f} to {fine[-5:].mean():.3f}'
     )
-    assert fine[-5:].mean() < 0.8 * fine[:5].mean()  # There is a curve to follow.
+    assert fine[-5:].mean() < 0.8 * fine[:5].mean()  # The loss falls.
     assert difference.max() < 0.005 and difference.mean() < 0.001

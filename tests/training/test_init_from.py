@@ -1,4 +1,4 @@
-"""Trainings that start from the parameters of an exported network."""
+"""Training that starts from the parameters of an exported network."""
 
 import contextlib
 import io
@@ -101,7 +101,7 @@ def test_training_starts_from_a_converted_sit(trained, start, small_sit, capsys)
 
 
 def test_parameters_and_both_emas_start_alike_on_their_shardings(small_sit):
-    """On a mesh that splits parameters, each tree in memory of its own."""
+    """On a mesh that splits parameters, with separate memory for each tree."""
     network = exported_network.read(small_sit)
     model = trained_network.exported_model(network)
     mesh = sharding.make_mesh(2, 4, jax.local_devices())

@@ -32,7 +32,7 @@ def test_the_fixture_is_small():
     assert FIXTURE.stat().st_size < 200 * 1024
 
 
-def test_a_run_resumes_as_it_would_have_gone_on(old, monkeypatch):
+def test_a_run_resumes_with_the_recorded_losses(old, monkeypatch):
     losses, log = {}, Progress.log
 
     def recorded(self, step, extra):
@@ -47,7 +47,7 @@ def test_a_run_resumes_as_it_would_have_gone_on(old, monkeypatch):
     expected = json.loads((old / 'losses.json').read_text())
     assert sorted(losses) == [5, 6, 7, 8]
     for step, loss in losses.items():
-        # Eight devices here, one there; and other versions of JAX.
+        # Recorded on one device, not eight, and with another version of JAX.
         assert loss == pytest.approx(expected[str(step)], rel=1e-4), step
     exported = trained_network.load(old / 'export').params
     for name, module in exported.items():

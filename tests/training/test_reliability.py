@@ -1,4 +1,4 @@
-"""What happens to a run when it is stopped, torn, starved or started twice."""
+"""Runs that are stopped, damaged, short of disk space or started twice."""
 
 import faulthandler
 import json
@@ -49,7 +49,7 @@ def _config(**changes):
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
-    """Parameters of a run that nothing happened to."""
+    """Parameters of an undisturbed run."""
     state = train.train(_config(), tmp_path_factory.mktemp('straight'))
     return jax.tree.map(np.asarray, (state.params, state.opt_state, state.infer))
 
@@ -86,7 +86,7 @@ def child(config, workdir, **options):
 
 
 def wait_for_step(process, step):
-    """Reads what a training prints up to a step."""
+    """Reads what a run prints up to a step."""
     shown = []
     for line in process.stdout:
         shown.append(line)
@@ -98,7 +98,7 @@ def wait_for_step(process, step):
 
 @pytest.fixture(scope='module')
 def straight_child(tmp_path_factory):
-    """The same of a process: with other devices numbers round otherwise."""
+    """The same from a child process: other devices round differently."""
     workdir = tmp_path_factory.mktemp('straight_child') / 'run'
     assert child(_config(), workdir).wait(200) == 0
     return trained_network.load(workdir)
@@ -112,7 +112,7 @@ def straight_child(tmp_path_factory):
 def test_a_signal_saves_and_the_same_command_resumes(
     kind, code, tmp_path, straight_child
 ):
-    # Without regular checkpoints: what is there was saved because of the signal.
+    # There are no regular checkpoints: the signal caused the save.
     never = _config(**{'checkpoint.every': 1000, 'train.steps': 100_000})
     process = child(never, tmp_path / 'run')
     shown = wait_for_step(process, 2)
@@ -131,14 +131,14 @@ def test_a_signal_saves_and_the_same_command_resumes(
 
 
 def test_a_second_signal_ends_at_once():
-    # Otherwise where the tests run in the background of a shell.
+    # In the background of a shell, SIGINT is ignored by default.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with preemption.Requests() as requests:
         signal.raise_signal(signal.SIGINT)
         assert requests.stop_after(1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    # Handlers are given back.
+    # Handlers are restored.
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
@@ -209,7 +209,7 @@ def test_all_that_are_damaged_are_set_aside(workdir, straight, capsys):
 
 
 def test_a_checkpoint_without_checksums_is_tried(workdir, straight, capsys):
-    """As a run leaves it that is killed just after it was saved."""
+    """As left by a run that was killed just after saving."""
     (_latest(workdir) / checksums.NAME).unlink()
     os.remove(_largest(_latest(workdir), 'state'))
     state = _run(workdir)
@@ -219,12 +219,12 @@ def test_a_checkpoint_without_checksums_is_tried(workdir, straight, capsys):
     _assert_as_straight(state, straight)
 
 
-def test_sampling_takes_the_last_that_is_whole(workdir):
+def test_sampling_uses_the_last_undamaged_checkpoint(workdir):
     good = trained_network.load(workdir, 6)
     flip(_largest(workdir / 'checkpoints' / '9', 'state'))
-    assert trained_network.load(workdir).step == 9  # Of no matter to sampling.
+    assert trained_network.load(workdir).step == 9  # Sampling does not read it.
     flip(_largest(workdir / 'checkpoints' / '9', 'infer'))
-    with pytest.warns(UserWarning, match='checkpoint 9 .* is damaged .* other bytes'):
+    with pytest.warns(UserWarning, match='checkpoint 9 .* is damaged .* differs'):
         run = trained_network.load(workdir)
     assert run.step == 6
     jax.tree.map(np.testing.assert_array_equal, run.params, good.params)
@@ -247,7 +247,7 @@ def test_every_flipped_bit_is_noticed(workdir):
 
 FULL = """
 import resource, signal, sys
-# As a full disk: files can be no longer than this.
+# Like a full disk: no file can be longer than this.
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 size = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -272,7 +272,7 @@ def test_a_full_disk_is_reported_and_stops_only_at_the_end(tmp_path, straight):
     _assert_as_straight(_run(tmp_path / 'run'), straight)
 
 
-def test_one_failed_save_is_made_up_for(tmp_path, straight, monkeypatch, capsys):
+def test_a_run_survives_one_failed_save(tmp_path, straight, monkeypatch, capsys):
     import orbax.checkpoint as ocp
 
     save = ocp.CheckpointManager.save
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 
 class _Flaky(source.Source):
-    """A source that cannot be read now and then."""
+    """A source whose reads sometimes fail."""
 
     image_shape, class_names, skipped = (4, 4, 1), ('a', 'b'), ()
 
@@ -315,7 +315,7 @@ class _Flaky(source.Source):
         return {'image': np.full((4, 4, 1), index, np.uint8), 'label': index % 2}
 
 
-def test_images_that_cannot_be_read_for_a_while_are_tried_again(monkeypatch):
+def test_images_that_cannot_be_read_for_a_while_are_retried(monkeypatch):
     monkeypatch.setattr(pool_loader, 'FIRST_PAUSE', 0.01)
     options = dict(batches=2, batch_size=8, seed=0, flip=False)
     flaky = pool_loader.PoolLoader(_Flaky(4), retry_seconds=30, **options)
@@ -327,7 +327,7 @@ def test_images_that_cannot_be_read_for_a_while_are_tried_again(monkeypatch):
     finally:
         flaky.close()
         steady.close()
-    # Bounded, and not at all by default.
+    # Retries end after retry_seconds.
     for seconds in (0.1, 0):
         gone = pool_loader.PoolLoader(_Flaky(10**9), retry_seconds=seconds, **options)
         started = time.monotonic()
@@ -344,7 +344,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f'another run .process {os.getpid()} on'):
             _run(tmp_path)
     _run(tmp_path, 3)
-    # A lock dies with its process, whatever it left.
+    # A lock ends with its process, however that ends.
     assert (tmp_path / lock.NAME).exists()
 
 
@@ -368,9 +368,9 @@ def test_a_step_that_hangs_is_reported(tmp_path, monkeypatch):
 
 
 def _chaos(workdir, config, seconds, seed):
-    """Kills, tears and fills at random; returns what was done, and how often.
+    """Kills, damages and fills the disk at random; returns the number of each.
 
-    Ends with a run that nothing happens to.
+    Ends with an undisturbed run.
     """
     chosen, counts = random.Random(seed), {}
     end = time.monotonic() + seconds
@@ -378,7 +378,7 @@ def _chaos(workdir, config, seconds, seed):
         what = chosen.choice(['SIGKILL', 'SIGTERM', 'full disk', 'damage'])
         counts[what] = counts.get(what, 0) + 1
         if what == 'damage':
-            # Two are kept, of which at least one shall be whole.
+            # Two are kept, of which at least one stays undamaged.
             steps = checkpoint.saved_steps(workdir)
             if len(steps) > 1:
                 damage = chosen.choice([flip, truncate, os.remove])

@@ -140,7 +140,7 @@ def test_a_non_finite_step_changes_nothing_but_the_counters():
 
 
 class Deterministic(BaseObjective):
-    """A loss without draws, so that a batch in parts is the batch."""
+    """A loss without randomness, so that accumulated parts equal the batch."""
 
     def __call__(self, apply, params, target_params, batch, key, *, distance, progress):
         half = jnp.full(batch.label.shape, 0.5)
@@ -226,7 +226,7 @@ def test_the_batch_is_paired_as_the_pool_says():
         np.testing.assert_array_equal(batch.noise[place], noise)
 
 
-def test_streams_of_randomness_are_apart():
+def test_random_streams_are_distinct():
     keys = {
         tuple(
             jax.random.key_data(
@@ -244,7 +244,7 @@ SWITCHES = ('intrinsic_guidance', 'interval', 'wavelet', 'twin')
 
 @pytest.mark.parametrize('on', list(itertools.product((False, True), repeat=4)))
 def test_components_switch_off_alone_and_together(on):
-    """All but transport, which is switched in `train` and tested there."""
+    """All parts except transport, which is switched in `train` and tested there."""
     switch = dict(zip(SWITCHES, on, strict=True))
     config = config_lib.default()
     config.wavelet.update(enabled=switch['wavelet'], levels=3)

@@ -213,7 +213,7 @@ def test_entropy_falls_with_epsilon_and_iterations_are_reported():
 
 
 @pytest.mark.parametrize('per_class', [False, True])
-def test_row_sampling_repeats_some_noises(per_class):
+def test_row_sampling_repeats_some_noise(per_class):
     noise, (data, labels) = _noise(), _data('digits')
     options = {'per_class': per_class, 'num_classes': CLASSES}
     permuted = _couple(noise, data, labels, **options)
@@ -237,7 +237,7 @@ def test_row_sampling_repeats_some_noises(per_class):
 
 
 def test_row_sampling_follows_the_plan():
-    # Two points, two noises: the plan is [[p, 1 - p], [1 - p, p]].
+    # Two points, two noise samples: the plan is [[p, 1 - p], [1 - p, p]].
     noise = data = jnp.array([[1.0], [-1.0]])
 
     def draw(key):
