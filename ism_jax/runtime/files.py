@@ -19,8 +19,9 @@ def local_path(path, name: str) -> Path:
     Raises:
       ValueError: a URL such as gs://bucket/run, which would become a local folder.
     """
-    # Path('gs://bucket') is 'gs:/bucket'.
-    if re.match(r'[A-Za-z][\w+.-]+:/', os.fspath(path)):
+    # Path('gs://bucket') is 'gs:/bucket'; the text 'folder:/images' is no URL.
+    mark = '://' if isinstance(path, str) else ':/'
+    if re.match(r'[A-Za-z][\w+.-]+' + mark, os.fspath(path)):
         raise ValueError(
             f'{name} {path} is a URL, and only local paths work; mount the bucket, or '
             'copy to and from it'

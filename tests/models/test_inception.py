@@ -65,7 +65,7 @@ def test_agrees_with_torch_fidelity(inception_file, torch_fidelity):
 def test_outputs_are_the_documented_layers(params, apply):
     images = _images()
     out = jax.tree.map(np.asarray, apply(params, images))
-    assert out['features'].shape == (2, inception.NUM_FEATURES)
+    assert out['features'].shape == (2, 2048)
     assert out['spatial'].shape == (2, inception.NUM_SPATIAL) == (2, 2023)
     assert out['unbiased_logits'].shape == (2, inception.NUM_LOGITS)
     np.testing.assert_allclose(
