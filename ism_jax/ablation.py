@@ -28,14 +28,12 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-import platform
 import shlex
 import subprocess
 import sys
 import time
 
 from absl import flags
-import jax
 import numpy as np
 
 from ism_jax import config as config_lib
@@ -294,10 +292,7 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
         'trained_steps': run.step,
         'train_minutes': train_minutes,
         'score_minutes': (time.time() - started) / 60,
-        'hardware': provenance.hardware(),
-        'commit': provenance.commit(),
-        'python': platform.python_version(),
-        'jax': jax.__version__,
+        **provenance.environment(),
     }
     return [record | about for record in records]
 

@@ -27,7 +27,7 @@ _POSITIVE = 'a positive number', lambda v: v > 0 and math.isfinite(v)
 _FRACTION = 'in [0, 1)', lambda v: 0 <= v < 1
 _POWER_OF_TWO = (
     f'a power of two from 2 to {2**sit.MAX_LEVELS}, such as 128: steps are halved',
-    lambda v: 2 <= v <= 2**sit.MAX_LEVELS and not v & (v - 1),
+    lambda v: v <= 2**sit.MAX_LEVELS and time_grid.is_base_steps(v),
 )
 
 # Field -> (what is allowed, predicate).
@@ -361,9 +361,8 @@ def _wavelet_problems(c) -> Iterator[str]:
             'exactly' + ('' if most else '; or set wavelet.enabled = False')
         )
     weighting = c.wavelet.weighting
-    try:
-        weights = [float(part) for part in str(weighting).split(',')]
-    except ValueError:
+    weights = wavelet.parse_weighting(weighting)
+    if weights == weighting:  # A name.
         if weighting not in wavelet.WEIGHTINGS:
             yield (
                 f'wavelet.weighting = {weighting!r} is unknown; choose one of '

@@ -37,7 +37,6 @@ environment in which shortcut-models runs:
               'shortcut.safetensors')
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -138,7 +137,7 @@ def export(workdir, step: int | None = None) -> exported_network.ExportedNetwork
         raise ValueError(f'{workdir} is an exported network already; copy the folder')
     run = trained_network.load(workdir, step)
     return exported_network.ExportedNetwork(
-        config=json.loads(config_lib.to_json(run.config)),
+        config=config_lib.to_dict(run.config),
         params=run.params,
         step=run.step,
         class_names=run.class_names,
@@ -183,7 +182,7 @@ def _resolved_config(
     config.model.update(converted.model)
     config_lib.use_objective(config, objective, **options)
     config_check.validate(config)
-    return json.loads(config_lib.to_json(config))
+    return config_lib.to_dict(config)
 
 
 # Function and flags of each command; the first flag is the source.

@@ -71,20 +71,27 @@ def make_plan(config, devices: int, num_classes: int) -> Plan:
     experiment = Experiment(
         config, mesh=mesh, num_classes=num_classes, image_shape=shape
     )
+    return Plan(
+        devices=devices,
+        parameters=sit.num_parameters(experiment.model, shape),
+        bytes_per_device=bytes_per_device(experiment),
+        flops_per_step=step_flops(experiment),
+        steps=config.train.steps,
+    )
+
+
+def bytes_per_device(experiment: Experiment) -> dict[str, int]:
+    """See `Plan`."""
+    config, mesh = experiment.config, experiment.mesh
     trees = _trees(experiment)
     sizes = {name: tree_bytes(tree, mesh) for name, tree in trees.items()}
     batch = config.train.batch_size // config.train.accumulate
     kept = activation_bytes(experiment)
-    sizes['kept for the backward pass'] = math.ceil(kept * batch / devices)
+    sizes['kept for the backward pass'] = math.ceil(kept * batch / mesh.size)
     pool = experiment.pool_batches * config.train.batch_size
-    sizes['pool'] = math.ceil(pool * (math.prod(shape) + 2) * 4 / devices)
-    return Plan(
-        devices=devices,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(trees['parameters'])),
-        bytes_per_device=sizes,
-        flops_per_step=step_flops(experiment),
-        steps=config.train.steps,
-    )
+    values = math.prod(experiment.image_shape) + 2  # And label and noise number.
+    sizes['pool'] = math.ceil(pool * values * 4 / mesh.size)
+    return sizes
 
 
 def _trees(experiment: Experiment) -> dict:
@@ -215,8 +222,7 @@ def summary(experiment: Experiment, workdir) -> list[str]:
     """Lines that describe the run, to print at its start."""
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     count = sit.num_parameters(model, experiment.image_shape)
-    plan = make_plan(config, mesh.size, experiment.num_classes)
-    memory = sum(plan.bytes_per_device.values())
+    memory = sum(bytes_per_device(experiment).values())
     return [
         f'network:   SiT, {count:,} parameters, width {model.hidden_size}, '
         f'{model.depth} layers, {model.num_heads} heads, patch {model.patch_size}, '

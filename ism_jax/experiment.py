@@ -109,7 +109,7 @@ class Experiment:
         if not self.config.wavelet.enabled:
             return loss_distance.squared_error
         name, levels = self.config.wavelet.name, self.config.wavelet.levels
-        weighting = parse_weighting(self.config.wavelet.weighting)
+        weighting = wavelet.parse_weighting(self.config.wavelet.weighting)
         variance = None
         if weighting == 'equal_variance':
             random = np.random.default_rng(self.config.seed)
@@ -306,14 +306,6 @@ def make_source(config) -> Source:
 def make_model(config, num_classes: int, mesh=None) -> sit.SiT:
     """The network that the config describes; its activations are split over `mesh`."""
     return sit.SiT(num_classes=num_classes, mesh=mesh, **config.model)
-
-
-def parse_weighting(text) -> str | list[float]:
-    """A weighting's name, or the numbers of '1,2,3'."""
-    try:
-        return [float(part) for part in str(text).split(',')]
-    except ValueError:
-        return text
 
 
 def pool_shardings(mesh) -> paired_pool.Pool:

@@ -231,6 +231,7 @@ def slerp(a: np.ndarray, b: np.ndarray, fractions: np.ndarray) -> np.ndarray:
 
     Linear interpolation of normal noise has a smaller norm than any noise that the
     network was trained on (White 2016, arXiv 1609.04468).
+
     a and b are [1, ...]; `fractions` [N] are 0 for a and 1 for b; the result is
     [N, ...].
     """

@@ -141,7 +141,7 @@ def _load_exported(folder, step: int | None) -> TrainedNetwork:
             f'--config.train.init_from={folder}'
         )
     config = config_lib.from_dict(network.config)
-    model = exported_model(network)
+    model = make_model(config, len(network.class_names))
     exported_network.check_params(network, model, folder)
     replicated = sharding.replicated(sharding.local_mesh())
     params = jax.device_put(exported_network.initialised(network, model), replicated)

@@ -61,6 +61,15 @@ def torch_fidelity(monkeypatch):
     return importlib.import_module('torch_fidelity')
 
 
+@pytest.fixture(scope='module')
+def one_device():
+    """One device instead of eight, for which programs compile slowly."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda: devices)
+        yield
+
+
 @pytest.fixture(scope='session')
 def small_run(tmp_path_factory):
     """The folder of a run of six steps with fast EMAs."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import subprocess
 import sys
 
+from ladder_records import ladder_records
 import pytest
 
 from ism_jax import ablation
@@ -141,25 +142,8 @@ def test_guidance_is_chosen_on_other_noise():
     assert single.calls == [(1, 0.5, 0)]  # Nothing to choose.
 
 
-def _records():
-    return [
-        {
-            'recipe': recipe,
-            'seed': seed,
-            'steps': steps,
-            'guidance': 0.0,
-            'fd': base + seed + steps,
-            'accuracy': 0.5,
-            'train_minutes': 2.0,
-        }
-        for recipe, base in (('sm', 20.0), ('ism', 10.0), ('flow_matching', 30.0))
-        for seed in (0, 1, 2)
-        for steps in (1, 4)
-    ]
-
-
 def test_the_summary_is_written_beside_the_records(module, tmp_path):
-    table = ablation.write_summary(_records(), module, tmp_path / 'ladder.json')
+    table = ablation.write_summary(ladder_records(), module, tmp_path / 'ladder.json')
     lines = table.splitlines()
     assert [line.split('`')[1] for line in lines[2:]] == ['sm', 'ism', 'flow_matching']
     assert '| 22.0 ± 0.577 (50%) | 25.0 ± 0.577 (50%) | 3 | 2.0 |' in lines[2]
@@ -170,7 +154,7 @@ def test_the_summary_is_written_beside_the_records(module, tmp_path):
 
 
 def test_only_rungs_and_systems_are_plotted(module, tmp_path):
-    records = [r | {'recipe': 'ism/ema.target_decay=0.99'} for r in _records()]
+    records = [r | {'recipe': 'ism/ema.target_decay=0.99'} for r in ladder_records()]
     assert 'target_decay' in ablation.write_summary(
         records[:1], module, tmp_path / 'choices.json'
     )

@@ -7,7 +7,8 @@ import types
 import pytest
 
 from ism_jax import config as config_lib
-from ism_jax import config_check, experiment
+from ism_jax import config_check
+from ism_jax.method import wavelet
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,8 +106,8 @@ def test_weights_can_be_given_on_the_command_line():
     config = config_lib.default()
     config.wavelet.weighting = '1,2,3,4,5,6'
     config_check.validate(config)
-    assert experiment.parse_weighting('1,2,3.5') == [1, 2, 3.5]
-    assert experiment.parse_weighting('detail') == 'detail'
+    assert wavelet.parse_weighting('1,2,3.5') == [1, 2, 3.5]
+    assert wavelet.parse_weighting('detail') == 'detail'
 
 
 def _resumed(old_change, new_change):

@@ -27,13 +27,7 @@ FAULTS = (
 )
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_device():
-    """Compiling for one device is faster than for eight."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda: devices)
-        yield
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 class _Page(parser.HTMLParser):

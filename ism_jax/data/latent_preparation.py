@@ -16,7 +16,6 @@ import grain
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import tqdm
 
@@ -64,7 +63,7 @@ def make_encoder(encode: Callable, params, batch_size: int):
             'devices'
         )
     mesh = sharding.local_mesh()
-    split = NamedSharding(mesh, P(('data', 'fsdp')))
+    split = NamedSharding(mesh, sharding.BATCH)
     params = jax.device_put(params, sharding.replicated(mesh))
 
     @jax.jit

@@ -61,8 +61,7 @@ def level_power(images) -> np.ndarray:
       has power 1 at every level.
     """
     images = jnp.asarray(images)
-    power_of_two = min(int(side) & -int(side) for side in images.shape[1:3])
-    levels = min(5, max(1, power_of_two.bit_length() - 1))
+    levels = min(5, max(1, wavelet.max_levels(*images.shape[1:3])))
     energies = wavelet.band_energies(images, wavelet='haar', levels=levels)
     energies = np.asarray(energies, np.float64).mean(0)
     details = energies[1:].reshape(levels, 3).sum(1)

@@ -10,7 +10,6 @@ ADM's layout, and `png/`.
 from collections.abc import Callable, Mapping, Sequence
 import json
 from pathlib import Path
-import platform
 import shlex
 import sys
 import time
@@ -293,12 +292,9 @@ def _provenance() -> dict:
     """When, where and how a record was made; not part of the hash."""
     return {
         'pipeline': 'ism_jax.evaluate',
-        'commit': provenance.commit(),
         'command': shlex.join(['python', '-m', 'ism_jax.evaluate', *sys.argv[1:]]),
         'date': time.strftime('%Y-%m-%d'),
-        'python': platform.python_version(),
-        'jax': jax.__version__,
-        'hardware': provenance.hardware(),
+        **provenance.environment(),
     }
 
 

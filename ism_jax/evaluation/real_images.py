@@ -88,10 +88,9 @@ class FolderImages:
             Path(folder, name)
             for folder, _, names in os.walk(path)
             for name in names
-            if name.lower().endswith(folder_source.IMAGE_SUFFIXES)
+            if folder_source.is_image(name)
             and not any(
-                part.startswith('.')
-                for part in Path(folder, name).relative_to(path).parts
+                part.startswith('.') for part in Path(folder).relative_to(path).parts
             )
         )
         if not self._files:

@@ -77,6 +77,14 @@ DEFAULT_WEIGHTING = 'detail'
 DETAIL_DECAY = 0.5**0.5
 
 
+def parse_weighting(text: str) -> str | list[float]:
+    """A weighting's name, or the numbers of '1,2,3'."""
+    try:
+        return [float(part) for part in str(text).split(',')]
+    except ValueError:
+        return text
+
+
 def band_names(levels: int) -> tuple[str, ...]:
     """Bands in order: ('a5', 'h5', 'v5', 'd5', 'h4', ..., 'd1') for 5 levels."""
     details = (f'{o}{level}' for level in range(levels, 0, -1) for o in 'hvd')

@@ -193,6 +193,7 @@ def resize_as_tensorflow1(images: jax.Array, side: int) -> jax.Array:
 
     TensorFlow's `align_corners` and `half_pixel_centers` are both false: the top left
     corners coincide, not the centres. There is no antialiasing.
+
     From [B, H, W, C] to [B, side, side, C], float32.
     """
 

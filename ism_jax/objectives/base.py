@@ -86,6 +86,25 @@ class BaseObjective(abc.ABC):
 
         return jax.lax.scan(body, noise, (times, steps))[0]
 
+    def restart(self, jump, x, label, times, steps, key) -> jax.Array:
+        """Data from x_t, by a jump to the data in each step and fresh noise after it.
+
+        Args:
+          jump: (x, t) -> data, [B, H, W, C]; t is [B].
+          x: x_t at the first time, [B, H, W, C].
+          label, times, steps, key: see `sample`.
+        """
+
+        def body(carry, step):
+            x, key = carry
+            key, key_noise = jax.random.split(key)
+            t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
+            data = jump(x, t)
+            fresh = jax.random.normal(key_noise, x.shape)
+            return (interpolant.interpolate(fresh, data, t + d), key), None
+
+        return jax.lax.scan(body, (x, key), (times, steps))[0][0]
+
     def clip_step(self, t, d):
         """Time and size of the part of a step after `start_time`."""
         start = jnp.maximum(t, self.start_time)

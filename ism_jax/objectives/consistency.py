@@ -102,18 +102,10 @@ class Objective(BaseObjective):
 
     def sample(self, apply, params, noise, label, w, times, steps, key):
         del w  # No guidance.
-
-        def body(carry, step):
-            x, key = carry
-            key, key_noise = jax.random.split(key)
-            t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
-            data = self.jump(apply, params, x, t, label)
-            fresh = jax.random.normal(key_noise, x.shape)
-            return (interpolant.interpolate(fresh, data, t + d), key), None
-
+        jump = lambda x, t: self.jump(apply, params, x, t, label)
         # x_t at the start time without the data, of weight 1 / (1 + sigma_max).
         first = (1 - self.start_time) * noise
-        return jax.lax.scan(body, (first, key), (times, steps))[0][0]
+        return self.restart(jump, first, label, times, steps, key)
 
     @property
     def start_time(self) -> float:

@@ -139,17 +139,11 @@ class Objective(BaseObjective):
         if self.sampler == 'pushforward':
             return super().sample(apply, params, noise, label, w, times, steps, key)
 
-        def body(carry, step):
-            x, key = carry
-            key, key_noise = jax.random.split(key)
-            t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
-            data = interpolant.step(
-                x, self.velocity(apply, params, x, t, 1 - t, w, label), 1 - t
-            )
-            fresh = jax.random.normal(key_noise, x.shape)
-            return (interpolant.interpolate(fresh, data, t + d), key), None
+        def jump(x, t):
+            velocity = self.velocity(apply, params, x, t, 1 - t, w, label)
+            return interpolant.step(x, velocity, 1 - t)
 
-        return jax.lax.scan(body, (noise, key), (times, steps))[0][0]
+        return self.restart(jump, noise, label, times, steps, key)
 
     @property
     def start_time(self) -> float:

@@ -1,4 +1,4 @@
-"""Where a result comes from: the commit of the code, and the hardware."""
+"""Where a result comes from: hardware, commit of the code, and versions."""
 
 import os
 from pathlib import Path
@@ -6,6 +6,16 @@ import platform
 import subprocess
 
 import jax
+
+
+def environment() -> dict[str, str]:
+    """Hardware, commit and versions, for a record."""
+    return {
+        'hardware': hardware(),
+        'commit': commit(),
+        'python': platform.python_version(),
+        'jax': jax.__version__,
+    }
 
 
 def hardware() -> str:

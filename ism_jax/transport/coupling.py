@@ -16,10 +16,9 @@ from Sinkhorn's potentials, and the report bounds the distance to the optimum. D
 labels never move: a coupling is the noise index of each data point.
 
 **Classes.** A class-blind coupling makes p(x0 | c) differ from N(0, I), but sampling
-draws x0 from N(0, I) for every class (C2OT, arXiv 2503.10636).
-With `per_class` each class is a separate problem, between its data and
-the noise of the same indices. The indices do not depend on the noise, so the noise is
-N(0, I) given the class.
+draws x0 from N(0, I) for every class (C2OT, arXiv 2503.10636). With `per_class` each
+class is a separate problem, between its data and the noise of the same indices. The
+indices do not depend on the noise, so the noise is N(0, I) given the class.
 
 **Devices.** Rounding depends on how sums are split over devices, and one bit can change
 a pairing. With a `mesh`, `couple_pool` therefore gathers the data, and every device

@@ -14,12 +14,8 @@ SHAPE = (8, 8, 1)
 
 
 @pytest.fixture(autouse=True, scope='module')
-def one_device():
-    """Compiling for one device is faster than for eight."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda: devices)
-        yield
+def _one_device(one_device):
+    yield
 
 
 def make_normal(*shape, seed=0):

@@ -2,41 +2,25 @@
 
 import math
 
+from ladder_records import ladder_records
 import numpy as np
 
 from ism_jax.evaluation import ladder
 
 
-def _records():
-    return [
-        {
-            'recipe': recipe,
-            'seed': seed,
-            'steps': steps,
-            'guidance': 0.0,
-            'fd': base + seed + steps,
-            'accuracy': 0.5,
-            'train_minutes': 2.0,
-        }
-        for recipe, base in (('sm', 20.0), ('ism', 10.0), ('flow_matching', 30.0))
-        for seed in (0, 1, 2)
-        for steps in (1, 4)
-    ]
-
-
 def test_summaries_are_means_and_standard_errors():
-    cells = ladder.summarize(_records(), 'fd')
+    cells = ladder.summarize(ladder_records(), 'fd')
     mean, error, count = cells['sm', 4]
     assert (mean, count) == (25.0, 3)
     np.testing.assert_allclose(error, 1 / math.sqrt(3))
-    assert math.isnan(ladder.summarize(_records()[:1], 'fd')['sm', 1][1])
+    assert math.isnan(ladder.summarize(ladder_records()[:1], 'fd')['sm', 1][1])
     diverged = [{'recipe': 'sm', 'steps': 1, 'fd': None}]
     assert math.isnan(ladder.summarize(diverged, 'fd')['sm', 1][0])
 
 
 def test_the_table_has_a_row_per_recipe():
     other = {'recipe': 'another', 'seed': 0, 'steps': 4, 'fd': None, 'accuracy': 0.1}
-    records = [*_records(), other | {'train_minutes': 1.0}]
+    records = [*ladder_records(), other | {'train_minutes': 1.0}]
     header, _, *rows = ladder.format_table(records, ('sm', 'ism')).splitlines()
     assert header == '| recipe | 1 step | 4 steps | seeds | min |'
     recipes = [row.split('`')[1] for row in rows]
@@ -52,7 +36,9 @@ def test_numbers_have_three_digits():
 
 
 def test_the_figure_has_a_line_per_number_of_steps_and_per_system():
-    figure = ladder.plot(_records(), ('sm', 'ism'), ('sm', 'flow_matching', 'imm'))
+    figure = ladder.plot(
+        ladder_records(), ('sm', 'ism'), ('sm', 'flow_matching', 'imm')
+    )
     left, right = figure.axes
     assert left.get_legend_handles_labels()[1] == ['1 step', '4 steps']
     assert right.get_legend_handles_labels()[1] == ['sm', 'flow_matching', 'ism']

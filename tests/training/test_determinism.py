@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,15 +17,12 @@ LOSSES = (
 
 
 @pytest.fixture(scope='module')
-def losses(tmp_path_factory):
+def losses(tmp_path_factory, one_device):
     """Losses of every step, by dtype."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda: devices)
-        yield {
-            dtype: _losses(dtype, tmp_path_factory.mktemp(dtype))
-            for dtype in ('float32', 'bfloat16')
-        }
+    return {
+        dtype: _losses(dtype, tmp_path_factory.mktemp(dtype))
+        for dtype in ('float32', 'bfloat16')
+    }
 
 
 def _losses(dtype, workdir):

@@ -18,15 +18,6 @@ from ism_jax.runtime import sharding
 from ism_jax.training import train_state
 
 
-@pytest.fixture(scope='module')
-def one_device():
-    """Compilation for eight devices is slow."""
-    with pytest.MonkeyPatch.context() as patch:
-        devices = jax.devices()[:1]
-        patch.setattr(jax, 'devices', lambda: devices)
-        yield
-
-
 def _config(**changes):
     config = config_lib.default()
     config_lib.with_argument(config, 'runlocal')

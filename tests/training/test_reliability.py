@@ -26,13 +26,7 @@ from ism_jax.training import checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-    """One device: programs for eight compile slowly."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda: devices)
-        yield
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def _config(**changes):
