@@ -12,12 +12,14 @@ Frechet distance of 20.6 in 1 step and 9.64 in 4 steps (`results/ladder.md` has 
 from ism_jax import config as config_lib
 
 # Other methods, with the options that differ from their defaults: SM's guidance scale
-# where guidance is part of training, and the standard deviation of these images.
+# where guidance is part of training, the largest scale of the scores, and the standard
+# deviation of these images.
 SYSTEMS = {
     'flow_matching': {},
     'consistency': {},
     'imm': {'data_std': 0.63},
     'meanflow': {'guidance': 0.5},
+    'imf': {'guidance_max': 1.5},
     'alpha_flow': {'guidance': 0.5},
 }
 RUNGS = config_lib.RUNGS

@@ -12,8 +12,9 @@ Other methods train with the same network and budget:
 
     python -m ism_jax.train --config configs/fashion_mnist.py:shortcut
 
-So do flow_matching, consistency, imm, meanflow, alpha_flow and any file that you add to
-`ism_jax/objectives/`. `configs/fashion_mnist.py:shortcut,runlocal` combines both.
+So do flow_matching, consistency, imm, meanflow, imf, alpha_flow and any file that you
+add to `ism_jax/objectives/`. `configs/fashion_mnist.py:shortcut,runlocal` combines
+both.
 """
 
 from ism_jax import config as config_lib

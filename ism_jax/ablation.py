@@ -16,7 +16,8 @@ The scores are the Frechet distance and accuracy by the small classifier of
 `ism_jax.train`. If a method offers a range of guidance scales, each number of steps up
 to 8 uses the scale of `sample.guidance` with the lowest Frechet distance on a separate
 set of samples; more steps use the scale of the last of these. The score is then
-computed with different noise.
+computed with different noise. If the network is conditioned on the guidance interval,
+that is chosen in the same way, at the chosen scale.
 
 Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot (`.png`)
 beside it. `--summary` only rewrites the table and the plot.
@@ -46,6 +47,8 @@ from ism_jax.runtime import command_line, files, provenance
 
 # The largest number of steps with its own guidance scale.
 MAX_STEPS_WITH_CHOICE = 8
+# Guidance intervals to choose from, for networks that are conditioned on them.
+INTERVALS = ((0.0, 1.0), (0.25, 1.0), (0.0, 0.75), (0.25, 0.75))
 # Added to a run's seed for the noise of the samples that choose the guidance scale.
 CHOICE_SEED = 10_000
 
@@ -283,6 +286,7 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
         run.params,
         steps=run.config.sample.steps,
         guidance=run.config.sample.guidance,
+        intervals=INTERVALS if sampler.conditions_on_interval else (),
         samples=run.config.scores.samples,
         seed=run.config.seed,
     )
@@ -298,39 +302,56 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
 
 
 def score(
-    scorer, params, *, steps: Sequence[int], guidance: Sequence[float], samples, seed
+    scorer,
+    params,
+    *,
+    steps: Sequence[int],
+    guidance: Sequence[float],
+    intervals: Sequence[tuple[float, float]] = (),
+    samples: int,
+    seed: int,
 ) -> list[dict]:
-    """One record for each number of steps, at the guidance scale chosen for it.
+    """One record for each number of steps, at the guidance chosen for it.
 
     Args:
       scorer: a `SampleScorer`.
       params: inference EMA parameters.
       steps: numbers of sampling steps.
       guidance: guidance scales w to choose from; see the module for the rule.
+      intervals: guidance intervals to choose from; () for the method's own.
       samples: number of samples of each score.
       seed: seed of the run.
 
     Returns:
       Records, where `chosen_from` maps guidance scales to Frechet distances.
     """
-    records, chosen, distances = [], guidance[0], {}
+    records, distances = [], {}
+    chosen = {'guidance': guidance[0]}
 
-    def score_with(number, w, noise_seed):
-        setting = dict(steps=number, guidance=float(w), samples=samples)
+    def score_with(number, noise_seed, **setting):
+        setting = dict(steps=number, samples=samples) | chosen | setting
         return scorer(params, **setting, noise_seed=noise_seed)
+
+    def choose(number, name, values):
+        """Sets the value with the lowest distance; returns all distances."""
+        distances = {
+            value: score_with(number, CHOICE_SEED + seed, **{name: value})['fd']
+            for value in values
+        }
+        # NaN, from samples that diverged, is never chosen.
+        chosen[name] = min(
+            values, key=lambda value: np.nan_to_num(distances[value], nan=np.inf)
+        )
+        return distances
 
     for number in sorted(steps):
         if len(guidance) > 1 and number <= MAX_STEPS_WITH_CHOICE:
-            distances = {
-                w: score_with(number, w, CHOICE_SEED + seed)['fd'] for w in guidance
-            }
-            # NaN, from samples that diverged, is never chosen.
-            chosen = min(
-                guidance, key=lambda w: np.nan_to_num(distances[w], nan=np.inf)
-            )
-        chosen_from = {f'{w:g}': distance for w, distance in distances.items()}
-        record = score_with(number, chosen, seed)
-        records.append(record | {'chosen_from': chosen_from})
+            tried = choose(number, 'guidance', guidance)
+            distances = {f'{w:g}': fd for w, fd in tried.items()}
+            if intervals:
+                tried = choose(number, 'interval', intervals)
+                distances |= {f'{a:g} .. {b:g}': fd for (a, b), fd in tried.items()}
+        records.append(score_with(number, seed) | {'chosen_from': distances})
     return records
 
 

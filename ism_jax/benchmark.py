@@ -30,7 +30,6 @@ from ism_jax import config as config_lib
 from ism_jax import config_check, cost
 from ism_jax.experiment import Experiment
 from ism_jax.interchange import named_tensors
-from ism_jax.method import time_grid
 from ism_jax.models import dinov2, efficientnet_lite, inception, vae
 from ism_jax.runtime import command_line, files, provenance
 from ism_jax.sampling import image_grid
@@ -248,7 +247,7 @@ def sampling(experiment: Experiment, params) -> dict[str, Callable]:
             jax.random.key(0),
             labels,
             guidance=settings.guidance[0],
-            schedule=time_grid.dyadic_schedule(steps, sampler.base_steps),
+            schedule=steps,
         )
         return [images for images, _ in batches]
 

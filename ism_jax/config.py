@@ -53,6 +53,9 @@ FIELDS: dict[str, tuple[Any, str]] = {
     'model.unroll': (1, 'layers per iteration of the scan over layers'),
     'model.step_embedding': ('level', "embedding of the step size: 'level' for powers of two, 'size' for any"),
     'model.time_scale': (1000.0, 'factor on t and d before their sinusoids'),
+    'model.guidance_embedding': ('scale', "embedding of the guidance scale: 'scale' of w, 'ratio' of w / (1 + w)"),
+    'model.interval_input': (False, 'whether the guidance interval is an input'),
+    'model.velocity_head': (0, 'blocks of an auxiliary velocity head, for objective.tangent = head of imf; 0 for none'),
 
     'wavelet.enabled': (True, 'wavelet distance in the loss; False for squared error'),
     'wavelet.name': ('haar', 'open: a discrete wavelet of PyWavelets'),

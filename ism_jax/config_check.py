@@ -54,6 +54,8 @@ RULES = {
     'model.unroll': _at_least(1),
     'model.step_embedding': _one_of(*sit.STEP_EMBEDDINGS),
     'model.time_scale': _POSITIVE,
+    'model.velocity_head': _at_least(0),
+    'model.guidance_embedding': _one_of(*sit.GUIDANCE_EMBEDDINGS),
     'wavelet.levels': _at_least(1),
     'transport.batches': _at_least(1),
     'transport.method': _one_of('permutation', 'row_sampling'),
@@ -95,6 +97,15 @@ OPTION_RULES = {
     'label_dropout': _FRACTION,
     'base_steps': _POWER_OF_TWO,
     'guidance_interval': _FRACTION,
+    'consistency': _one_of('bootstrap', 'derivative', 'difference'),
+    'difference_distance': ('in (0, 0.5]; 0.005 is usual', lambda v: 0 < v <= 0.5),
+    'interval': _one_of('fixed', 'input'),
+    'guidance_target': _one_of('unguided', 'guided'),
+    'guidance_draw': _one_of('grid', 'uniform', 'log_uniform'),
+    'guidance_power': _at_least(0),
+    'step_power': _at_least(0),
+    'null_share': _FRACTION,
+    'time_draw': _one_of('uniform', 'logit_normal'),
     'midpoint': _one_of('target', 'online'),
     'bootstrap_every': (
         'at least 2, so that a share of the batch is left for flow matching; 8 is '
@@ -115,6 +126,9 @@ OPTION_RULES = {
     'sampler': _one_of('pushforward', 'restart'),
     'guidance_mix': _FRACTION,
     'time_std': _POSITIVE,
+    'tangent': _one_of('boundary', 'head'),
+    'guidance_beta': _at_least(0),
+    'guidance_max': _POSITIVE,
     'norm_eps': _POSITIVE,
     'anneal_rate': ('above 0 and finite; 25 is usual', lambda v: 0 < v < math.inf),
     'alpha_margin': ('in [0, 0.5)', lambda v: 0 <= v < 0.5),
@@ -199,13 +213,15 @@ def _option_problems(options) -> Iterator[str]:
     yield from _rule_problems(options, OPTION_RULES, 'objective.')
     if options.name == 'ism':
         yield from _ism_problems(options)
-    elif options.name in ('meanflow', 'alpha_flow'):
+    elif options.name in ('meanflow', 'alpha_flow', 'imf'):
         split = options.batch_split
         if len(split) != 2 or any(s != int(s) or s < 0 for s in split) or not split[1]:
+            usual = objectives.options(options.name)['batch_split']
             yield (
                 f'objective.batch_split = {split} must be two integers: the shares of '
-                'samples with d = 0 and, at least 1, with d > 0; (3, 1) is usual'
+                f'samples with d = 0 and, at least 1, with d > 0; {usual} is usual'
             )
+    if options.name in ('meanflow', 'alpha_flow'):
         if not 0 <= options.guidance_start <= options.guidance_end <= 1:
             yield (
                 f'objective.guidance_start = {options.guidance_start} and guidance_end '
@@ -245,6 +261,8 @@ def _ism_problems(options) -> Iterator[str]:
             f'objective.batch_split = {options.batch_split} must be integers, '
             'such as (2, 1, 1) for a half and two quarters'
         )
+    if options.guidance_draw != 'grid':
+        return
     step = options.guidance_step
     count = options.guidance_max / step if step > 0 else 0
     if count < 1 or abs(count - round(count)) > 1e-6:
@@ -271,6 +289,11 @@ def _model_problems(c) -> Iterator[str]:
         yield (
             f'model.num_heads = {c.model.num_heads} does not divide model.hidden_size '
             f'= {c.model.hidden_size}; choose a divisor of {c.model.hidden_size}'
+        )
+    if c.model.velocity_head >= c.model.depth:
+        yield (
+            f'model.velocity_head = {c.model.velocity_head} must be less than '
+            f'model.depth = {c.model.depth}, so that the outputs share a block'
         )
     if c.model.mlp_ratio * c.model.hidden_size < 1:
         yield (
@@ -320,12 +343,16 @@ def _data_problems(c) -> Iterator[str]:
 
 
 def _objective_problems(c, objective) -> Iterator[str]:
-    needed = objective.model_options.get('step_embedding', c.model.step_embedding)
-    if c.model.step_embedding != needed:
-        yield (
-            f'model.step_embedding = {c.model.step_embedding!r} does not fit '
-            f'objective.name = {c.objective.name!r}; set it to {needed!r}'
-        )
+    needed = {'interval_input': False, 'velocity_head': 0} | objective.model_options
+    checked = {'step_embedding', 'interval_input', 'velocity_head'} & set(needed)
+    for name in sorted(checked):
+        given, fitting = c.model[name], needed[name]
+        # A velocity head may have any number of blocks.
+        if given != fitting and not (name == 'velocity_head' and given and fitting):
+            yield (
+                f'model.{name} = {c.model[name]!r} does not fit objective.name = '
+                f'{c.objective.name!r} with its options; set it to {needed[name]!r}'
+            )
     # The official shortcut-models code accepts these silently.
     size, parts = c.train.batch_size, c.train.accumulate
     multiple = objective.batch_multiple * parts
@@ -403,20 +430,28 @@ def check_guidance(objective, values) -> None:
     _refuse(_guidance_problems('guidance', values, objective.guidance_range))
 
 
-def check_schedule(steps, base_steps: int) -> tuple[float, ...]:
-    """The step sizes of a schedule as a user gave it.
+def check_interval(objective, interval) -> None:
+    """Rejects a guidance interval that the method does not offer.
 
     Args:
-      steps: a number of steps, or step sizes that sum to 1.
-      base_steps: 1 / the finest step size that the network was trained for.
+      objective: the method.
+      interval: start and end time of guidance, or None for the method's default.
 
     Raises:
-      ValueError: the network was not trained for this schedule.
+      ValueError: naming the values.
     """
-    if isinstance(steps, int):
-        return time_grid.dyadic_schedule(steps, base_steps)
-    time_grid.check_schedule(steps, base_steps)
-    return tuple(steps)
+    if interval is None:
+        return
+    if not objective.conditions_on_interval:
+        raise ValueError(
+            f'interval = {interval}: the network is not conditioned on the guidance '
+            "interval; leave it out, or train with objective.interval = 'input'"
+        )
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f'interval = {interval} must be a start and an end time with 0 <= start < '
+            'end <= 1, such as 0.3,1'
+        )
 
 
 def check_devices(config, device_count: int, process_count: int) -> None:

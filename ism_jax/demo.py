@@ -24,7 +24,7 @@ import time
 from absl import flags
 import numpy as np
 
-from ism_jax import config_check, generator
+from ism_jax import generator
 from ism_jax.runtime import command_line
 from ism_jax.sampling import image_grid
 
@@ -188,17 +188,16 @@ class Studio:
         }
 
     def _schedule(self, steps, schedule: str) -> dict:
-        base_steps = self.model.base_steps
         if not schedule.strip():
-            steps = _bounded('steps', steps, 1, base_steps)
-            return {'schedule': config_check.check_schedule(steps, base_steps)}
+            steps = _bounded('steps', steps, 1, self.model.base_steps)
+            return {'schedule': self.model.schedule(steps)}
         try:
             chosen = command_line.parse_numbers(schedule[:MAX_TEXT], float)
         except ValueError as error:
             message = 'is not a list of numbers such as 0.5,0.25,0.25'
             raise FieldError('schedule', message) from error
         try:
-            return {'schedule': config_check.check_schedule(chosen, base_steps)}
+            return {'schedule': self.model.schedule(chosen)}
         except ValueError as error:
             raise FieldError('schedule', str(error)[:MAX_MESSAGE]) from error
 

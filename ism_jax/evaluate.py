@@ -205,6 +205,7 @@ def evaluate_by_classifier(
     *,
     steps: Sequence[int],
     guidance: Sequence[float],
+    interval: tuple[float, float] | None,
     samples: int,
     workdir: Path,
 ) -> list[dict]:
@@ -231,6 +232,7 @@ def evaluate_by_classifier(
         trained_steps=run.step,
         steps=steps,
         guidance=guidance,
+        interval=interval,
         samples=samples,
         workdir=workdir,
     )
@@ -291,7 +293,9 @@ def run_flags():
     steps = command_line.parse_numbers(FLAGS.steps, int) or defaults.steps
     guidance = command_line.parse_numbers(FLAGS.guidance, float) or defaults.guidance
     parts = run.experiment()
+    interval = command_line.parse_numbers(FLAGS.interval, float) or None
     config_check.check_guidance(parts.objective, guidance)
+    config_check.check_interval(parts.objective, interval)
     sampler = parts.make_sampler(FLAGS.batch_size or defaults.batch_size)
     if not FLAGS.metrics:
         evaluate_by_classifier(
@@ -299,6 +303,7 @@ def run_flags():
             sampler,
             steps=steps,
             guidance=guidance,
+            interval=interval,
             samples=FLAGS.samples or run.config.scores.samples,
             workdir=Path(FLAGS.workdir),
         )
@@ -321,6 +326,7 @@ def run_flags():
         out=files.local_path(FLAGS.out or f'{FLAGS.workdir}/evaluation', '--out'),
         steps=steps,
         guidance=guidance,
+        interval=interval,
         samples=FLAGS.samples or 50_000,
         labels=FLAGS.labels,
         seed=FLAGS.seed,
@@ -337,6 +343,9 @@ if __name__ == '__main__':
     flags.DEFINE_string('steps', '', "Sampling steps 1,2,...; by default the config's.")
     flags.DEFINE_string(
         'guidance', '', "Guidance scales w, as 0,1.5; by default the config's."
+    )
+    flags.DEFINE_string(
+        'interval', '', 'Start and end time of guidance, as 0.3,1, if it is an input.'
     )
     flags.DEFINE_integer(
         'samples',

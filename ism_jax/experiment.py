@@ -75,9 +75,9 @@ class Experiment:
         mesh = self.mesh if isinstance(self.mesh, jax.sharding.Mesh) else None
         return make_model(self.config, self.num_classes, mesh)
 
-    def apply(self, params, x, t, d, w, label) -> jax.Array:
-        """The network as a function of its parameters."""
-        return self.model.apply({'params': params}, x, t, d, w, label)
+    def apply(self, params, *inputs, **options) -> jax.Array:
+        """The network as a function of its parameters and the inputs of `SiT`."""
+        return self.model.apply({'params': params}, *inputs, **options)
 
     @functools.cached_property
     def objective(self):

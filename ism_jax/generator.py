@@ -74,6 +74,7 @@ class Generator:
         seed: int = 0,
         *,
         schedule: Sequence[float] | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> np.ndarray:
         """One image for each label.
 
@@ -88,13 +89,15 @@ class Generator:
           guidance: guidance scale w, in `guidance_range`.
           seed: seed of the noise.
           schedule: step sizes that sum to 1, instead of `steps`.
+          interval: start and end time of guidance, for a network that is conditioned
+            on them; None for the method's default.
 
         Returns:
           uint8 [N, H, W, C].
 
         Raises:
-          ValueError: a label, number of steps, schedule or guidance scale that the
-            network was not trained for.
+          ValueError: a label, number of steps, schedule, guidance scale or interval
+            that the network was not trained for.
         """
         if np.ndim(labels) == 0:
             labels = [labels]
@@ -105,8 +108,7 @@ class Generator:
             self._run.params,
             jax.random.key(seed),
             indices,
-            guidance=guidance,
-            schedule=self._schedule(steps, schedule, guidance),
+            **self._settings(steps, schedule, guidance, interval),
             # Powers of two, so that few sizes are compiled.
             batch_size=min(1 << (len(indices) - 1).bit_length(), MAX_BATCH),
         )
@@ -120,12 +122,13 @@ class Generator:
         seed: int = 0,
         *,
         schedule: Sequence[float] | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> np.ndarray:
         """The sampling path of one image: its noise, then the state after each step.
 
         Args:
-          label, steps, guidance, seed, schedule: see `sample`; the path is that of
-            image 0.
+          label, steps, guidance, seed, schedule, interval: see `sample`; the path is
+            that of image 0.
 
         Returns:
           uint8 [steps + 1, H, W, C].
@@ -138,8 +141,7 @@ class Generator:
             self._run.params,
             self._noise(seed),
             [self._label(label)],
-            guidance=guidance,
-            schedule=self._schedule(steps, schedule, guidance),
+            **self._settings(steps, schedule, guidance, interval),
         )
         return np.concatenate([pixels.to_uint8(state) for state in states])
 
@@ -152,11 +154,12 @@ class Generator:
         guidance: float = 1.5,
         *,
         schedule: Sequence[float] | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> np.ndarray:
         """Images from noise that is interpolated spherically between two seeds.
 
         Args:
-          label, steps, guidance, schedule: see `sample`.
+          label, steps, guidance, schedule, interval: see `sample`.
           seeds: seeds of the first and the last image; each is image 0 of its seed.
           count: number of images, at least 2.
 
@@ -174,8 +177,7 @@ class Generator:
             self._run.params,
             slerp(*ends, np.linspace(0, 1, count, dtype=np.float32)),
             [self._label(label)] * count,
-            guidance=guidance,
-            schedule=self._schedule(steps, schedule, guidance),
+            **self._settings(steps, schedule, guidance, interval),
         )
         return pixels.to_uint8(images)
 
@@ -194,11 +196,20 @@ class Generator:
     def _noise(self, seed: int) -> jax.Array:
         return self._sampler.noise(jax.random.key(seed), [0])
 
-    def _schedule(self, steps, schedule, guidance) -> tuple[float, ...]:
-        """Checked step sizes; checks the guidance scale too."""
+    def schedule(self, steps: int | Sequence[float]) -> tuple[float, ...]:
+        """Step sizes of a number of steps, or checked step sizes.
+
+        Raises:
+          ValueError: the network was not trained for these steps.
+        """
+        return self._objective.schedule(steps)
+
+    def _settings(self, steps, schedule, guidance, interval) -> dict:
+        """Checked options of the sampler."""
         config_check.check_guidance(self._objective, (guidance,))
+        config_check.check_interval(self._objective, interval)
         given = operator.index(steps) if schedule is None else schedule
-        return config_check.check_schedule(given, self.base_steps)
+        return dict(guidance=guidance, schedule=self.schedule(given), interval=interval)
 
     def _label(self, label: Label) -> int:
         """The index of a label."""

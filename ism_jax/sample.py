@@ -5,9 +5,9 @@ r"""Draws samples from a trained network.
 
 Writes `grid.png` (steps by guidance), one PNG for each cell, and `samples.npz` with
 `images` [steps, guidance, labels, H, W, C] uint8 and the settings. Every cell starts
-from the same noise. A number of steps that is not a power of two is split into dyadic
-steps (see `ism_jax.method.time_grid.dyadic_schedule`); `--schedule 0.5,0.25,0.25` gives
-step sizes explicitly. Samples are drawn with the inference EMA.
+from the same noise. Steps are equal, or, for methods trained on the dyadic grid, as in
+`ism_jax.method.time_grid.dyadic_schedule`; `--schedule 0.5,0.25,0.25` gives step sizes
+explicitly. Samples are drawn with the inference EMA.
 """
 
 from collections.abc import Sequence
@@ -50,39 +50,45 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
 def sample_grid(
     run: trained_network.TrainedNetwork,
     *,
-    schedules: Sequence[Sequence[float]],
+    schedules: Sequence[int | Sequence[float]],
     guidance: Sequence[float],
     labels: Sequence[int],
     seed: int,
+    interval: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Samples for every schedule and guidance scale.
 
     Args:
       run: from `trained_network.load`.
-      schedules: step sizes, or a number of steps, of each row.
+      schedules: number of steps, or step sizes, of each row.
       guidance: guidance scales w.
       labels: one for each sample of a cell.
       seed: seed of the noise, which is the same in every cell.
+      interval: start and end time of guidance; None for the method's default.
 
     Returns:
       [schedules, guidance, labels, H, W, C] float32, not clipped.
 
     Raises:
-      ValueError: a schedule or guidance scale that the network was not trained for.
+      ValueError: a schedule, guidance scale or interval that the network was not
+        trained for.
     """
     experiment = run.experiment()
     objective = experiment.objective
     config_check.check_guidance(objective, guidance)
-    schedules = [
-        config_check.check_schedule(schedule, objective.base_steps)
-        for schedule in schedules
-    ]
+    config_check.check_interval(objective, interval)
+    schedules = [objective.schedule(schedule) for schedule in schedules]
     batch_size = min(run.config.sample.batch_size, len(labels))
     sampler = experiment.make_sampler(batch_size)
 
     def cell(schedule, w):
         batches = sampler.batches(
-            run.params, jax.random.key(seed), labels, guidance=w, schedule=schedule
+            run.params,
+            jax.random.key(seed),
+            labels,
+            guidance=w,
+            schedule=schedule,
+            interval=interval,
         )
         return np.concatenate([np.asarray(images) for images, _ in batches])
 
@@ -145,14 +151,17 @@ def run_flags() -> None:
         given = [command_line.parse_numbers(FLAGS.schedule, float)]
     else:
         given = command_line.parse_numbers(FLAGS.steps, int)
-    base_steps = run.experiment().objective.base_steps
+    objective = run.experiment().objective
+    interval = command_line.parse_numbers(FLAGS.interval, float) or None
     cells = dict(
-        schedules=[config_check.check_schedule(s, base_steps) for s in given],
+        schedules=[objective.schedule(steps) for steps in given],
         guidance=command_line.parse_numbers(FLAGS.guidance, float),
         labels=parse_labels(FLAGS.labels, len(run.class_names)),
     )
-    images = sample_grid(run, **cells, seed=FLAGS.seed)
+    images = sample_grid(run, **cells, seed=FLAGS.seed, interval=interval)
     settings = {'seed': FLAGS.seed, 'trained_steps': run.step, 'workdir': FLAGS.workdir}
+    if interval:
+        settings['interval'] = interval
     write_samples(out, images, **cells, settings=settings)
     print(f'wrote {images[..., 0, 0, 0].size} samples to {out}/')
 
@@ -164,6 +173,9 @@ if __name__ == '__main__':
     flags.DEFINE_string('steps', '1,2,4,8,128', 'Numbers of sampling steps.')
     flags.DEFINE_string('schedule', '', 'Step sizes, instead of --steps.')
     flags.DEFINE_string('guidance', '0,1,2.5', 'Guidance scales w.')
+    flags.DEFINE_string(
+        'interval', '', 'Start and end time of guidance, as 0.3,1, if it is an input.'
+    )
     flags.DEFINE_string('labels', '0-9', 'Labels such as 0-4,7,null (the null label).')
     flags.DEFINE_integer('seed', 0, 'Seed of the noise.')
     flags.DEFINE_string('out', 'samples', 'Folder to write to.')

@@ -83,6 +83,35 @@ def guided_from(begin):
     return apply
 
 
+def guided_inside(params, x, t, d, w, label, interval):
+    """Guidance applies inside the interval, which is an input."""
+    begin, end = interval.T
+    steps = [
+        jnp.clip(begin - t, 0, d),
+        jnp.clip(jnp.minimum(end, t + d) - jnp.maximum(begin, t), 0, d),
+        jnp.clip(t + d - jnp.maximum(end, t), 0, d),
+    ]
+    position, time = x, t
+    for step, scale in zip(steps, (0, w, 0), strict=True):
+        position = FLOW.flow_map(position, time, step, scale * jnp.ones_like(w), label)
+        time = time + step
+    mean = (position - x) / expand(jnp.where(d > 0, d, 1.0))
+    acting = jnp.where((t >= begin) & (t <= end), w, 0.0)
+    return jnp.where(expand(d > 0), mean, FLOW.velocity(x, t, acting, label))
+
+
+def with_head(network):
+    """The network with its velocity at d = 0 as a second output, on request."""
+
+    def apply(params, x, t, d, *rest, with_velocity=False):
+        mean = network(params, x, t, d, *rest)
+        if not with_velocity:
+            return mean
+        return mean, network(params, x, t, jnp.zeros_like(d), *rest)
+
+    return apply
+
+
 def to_the_end(objective):
     """iCT: the mean velocity up to the end at sigma_min, at d = 0."""
 

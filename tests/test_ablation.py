@@ -110,10 +110,11 @@ class FakeScorer:
     def __init__(self, distances):
         self.distances, self.calls = distances, []
 
-    def __call__(self, params, *, steps, guidance, samples, noise_seed):
-        self.calls.append((steps, guidance, noise_seed))
-        fd = self.distances[steps, guidance]
-        return {'steps': steps, 'guidance': guidance, 'fd': fd, 'samples': samples}
+    def __call__(self, params, *, steps, guidance, samples, noise_seed, **interval):
+        self.calls.append((steps, guidance, noise_seed, *interval.values()))
+        fd = self.distances[steps, guidance, *interval.values()]
+        setting = {'steps': steps, 'guidance': guidance} | interval
+        return setting | {'fd': fd, 'samples': samples}
 
 
 def test_guidance_is_chosen_on_other_noise():
@@ -140,6 +141,23 @@ def test_guidance_is_chosen_on_other_noise():
     single = FakeScorer({(1, 0.5): 2.0})
     ablation.score(single, None, steps=(1,), guidance=(0.5,), samples=10, seed=0)
     assert single.calls == [(1, 0.5, 0)]  # Nothing to choose.
+
+
+def test_the_interval_is_chosen_at_the_chosen_scale():
+    whole, late = (0.0, 1.0), (0.25, 1.0)
+    scorer = FakeScorer(
+        {
+            (1, 0.0): 9.0,
+            (1, 1.0): 5.0,
+            (1, 1.0, whole): 4.0,
+            (1, 1.0, late): 3.0,
+            (128, 1.0, late): 2.0,
+        }
+    )
+    options = dict(guidance=(0.0, 1.0), intervals=(whole, late), samples=10, seed=4)
+    first, last = ablation.score(scorer, None, steps=(1, 128), **options)
+    assert first['interval'] == last['interval'] == late and first['fd'] == 3
+    assert first['chosen_from'] == {'0': 9.0, '1': 5.0, '0 .. 1': 4.0, '0.25 .. 1': 3.0}
 
 
 def test_the_summary_is_written_beside_the_records(module, tmp_path):

@@ -39,6 +39,13 @@ WORDS = {
     'model.dtype': ('float32', 'bfloat16', 'float16'),
     'model.remat': tuple(sit.REMAT_POLICIES),
     'model.attention': tuple(sit.ATTENTION_IMPLEMENTATIONS),
+    'model.guidance_embedding': tuple(sit.GUIDANCE_EMBEDDINGS),
+    'objective.consistency': ('bootstrap', 'derivative', 'difference'),
+    'objective.guidance_draw': ('grid', 'uniform', 'log_uniform'),
+    'objective.guidance_target': ('unguided', 'guided'),
+    'objective.interval': ('fixed', 'input'),
+    'objective.tangent': ('boundary', 'head'),
+    'objective.time_draw': ('uniform', 'logit_normal'),
     'optimizer.schedule': tuple(optimizer.SCHEDULES),
     'transport.method': ('permutation', 'row_sampling', 'independent'),
     'wavelet.name': ('haar', 'db2', 'bior1.3', 'sym4', 'gaus1'),
@@ -63,7 +70,7 @@ def _values(name, value):
 def _small(method):
     config = config_lib.default()
     config_lib.with_argument(config, f'{method},runlocal')
-    config.model.update(hidden_size=16, depth=1, num_heads=2)
+    config.model.update(hidden_size=16, depth=2, num_heads=2)
     config.scores.enabled = False
     config.log.grid_every = 0
     return config

@@ -7,7 +7,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax import sample, trained_network
+from ism_jax import config as config_lib
+from ism_jax import generator, sample, train, trained_network
+from ism_jax.data import pixels
 
 
 def test_labels_are_ranges_indices_and_null():
@@ -31,6 +33,44 @@ def test_every_cell_starts_from_the_same_noise(small_run):
     for options in (dict(schedules=[(0.3, 0.7)]), dict(guidance=[99.0])):
         with pytest.raises(ValueError, match='schedule|guidance = 99'):
             sample.sample_grid(run, **{'schedules': [1]} | cells | options)
+
+
+@pytest.fixture(scope='module')
+def interval_run(tmp_path_factory, one_device):
+    """A run of two steps whose network takes the guidance interval."""
+    config = config_lib.with_argument(config_lib.default(), 'imf,runlocal')
+    config.train.steps = 2
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
+    config.scores.enabled = False
+    config.log.grid_every = 0
+    folder = tmp_path_factory.mktemp('interval_run')
+    train.train(config.lock(), folder)
+    return trained_network.load(folder)
+
+
+def test_the_interval_and_any_schedule_are_chosen_when_sampling(interval_run):
+    cells = dict(guidance=[3.0], labels=[3, 4], seed=2)
+
+    def draw(schedule, **interval):
+        return sample.sample_grid(
+            interval_run, schedules=[schedule], **cells, **interval
+        )
+
+    usual = draw((0.6, 0.4))
+    np.testing.assert_array_equal(draw((0.6, 0.4), interval=(0.0, 1.0)), usual)
+    assert np.isfinite(usual).all() and (draw((0.4, 0.6)) != usual).any()
+    np.testing.assert_array_equal(draw(3), draw((1 / 3, 1 / 3, 1 / 3)))
+    model = generator.Generator(interval_run)
+    images = model.sample([3, 4], schedule=(0.6, 0.4), guidance=3.0, seed=2)
+    np.testing.assert_array_equal(images, pixels.to_uint8(usual[0, 0]))
+    with pytest.raises(ValueError, match=r'interval = \(0.7, 0.3\) must be a start'):
+        draw(2, interval=(0.7, 0.3))
+
+
+def test_an_interval_that_the_network_does_not_take_is_refused(small_run):
+    model = generator.Generator(trained_network.load(small_run))
+    with pytest.raises(ValueError, match="train with objective.interval = 'input'"):
+        model.sample(3, interval=(0.3, 1.0))
 
 
 def _write(out, images):

@@ -167,8 +167,7 @@ def crossing_rates(subject: Subject) -> dict[str, float]:
 def sampling_path(subject: Subject, num: int, w: float):
     """The path of `num` samples in finest steps, and the sizes [N] of the steps."""
     base_steps = subject.objective.base_steps
-    schedule = time_grid.dyadic_schedule(base_steps, base_steps)
-    grid = time_grid.times_and_sizes(schedule, base_steps)
+    grid = time_grid.times_and_sizes(time_grid.dyadic_schedule(base_steps, base_steps))
     times, steps = map(np.asarray, subject.objective.clip_step(*grid))
     _, _, label = subject.pairs(num)
     w = jnp.full(label.shape, w)

@@ -95,10 +95,9 @@ class Subject(NamedTuple):
 
     def samples(self, steps: int, w: float, num: int) -> np.ndarray:
         """Samples with the labels of the data, [num, H, W, C]; the noise is fixed."""
-        schedule = time_grid.dyadic_schedule(steps, self.objective.base_steps)
         key, label = jax.random.key(self.seed), self.label[:num]
         batches = self.sampler.batches(
-            self.parameter_sets['infer'], key, label, guidance=w, schedule=schedule
+            self.parameter_sets['infer'], key, label, guidance=w, schedule=steps
         )
         return np.concatenate([np.asarray(images) for images, _ in batches])
 

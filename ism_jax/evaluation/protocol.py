@@ -27,7 +27,6 @@ from ism_jax.evaluation import (
     sample_chunks,
     sample_files,
 )
-from ism_jax.method import time_grid
 from ism_jax.runtime import distributed, provenance
 from ism_jax.sampling.sampler import Sampler
 
@@ -49,6 +48,7 @@ class Setting(NamedTuple):
     steps: int
     guidance: float
     schedule: tuple[float, ...]
+    interval: tuple[float, float] | None = None
 
     def __str__(self):
         return f'steps {self.steps}, w {self.guidance:g}'
@@ -73,25 +73,24 @@ def sample_labels(kind: str, count: int, num_classes: int, seed: int) -> np.ndar
 
 def settings_of(
     description: Mapping,
-    steps: Sequence[int],
+    schedules: Mapping[int, tuple[float, ...]],
     guidance: Sequence[float],
-    base_steps: int,
+    interval: tuple[float, float] | None,
     out,
 ) -> list[Setting]:
     """Every pair of steps and guidance, with its folder below `out`.
 
     Args:
       description: everything else that the scores depend on; part of the folder's hash.
-      steps: numbers of sampling steps.
+      schedules: number of sampling steps -> step sizes.
       guidance: guidance scales w.
-      base_steps: the largest number of steps.
+      interval: start and end time of guidance; None for the method's default.
       out: folder of the evaluation.
     """
     settings = []
-    for number in steps:
-        schedule = time_grid.dyadic_schedule(number, base_steps)
+    for number, schedule in schedules.items():
         for w in guidance:
-            setting = Setting(Path(out), number, float(w), schedule)
+            setting = Setting(Path(out), number, float(w), schedule, interval)
             key = feature_network.identity_key(dict(description) | _fields(setting))
             folder = Path(out) / f'steps_{number}_guidance_{w:g}_{key[:8]}'
             settings.append(setting._replace(folder=folder))
@@ -107,6 +106,7 @@ def evaluate_settings(
     num_classes: int,
     steps: Sequence[int],
     guidance: Sequence[float],
+    interval: tuple[float, float] | None = None,
     samples: int,
     labels: str,
     seed: int,
@@ -125,15 +125,14 @@ def evaluate_settings(
       metric_set: scores them.
       description: description of the network, for the record and the hash; JSON values.
       num_classes: number of classes.
-      steps: numbers of sampling steps.
-      guidance: guidance scales w.
+      steps, guidance: numbers of sampling steps, and guidance scales w.
+      interval: start and end time of guidance; None for the method's default.
       samples: number of samples of each setting.
       labels: one of `LABELS`, see `sample_labels`.
       seed: seed of the noise, the same for each setting, and of random labels.
       out: folder of the evaluation.
       keep: which of `KEEP` to write.
-      process_index: this process; process 0 scores.
-      process_count: number of processes that share the chunks.
+      process_index, process_count: processes that share the chunks; 0 scores.
       wait: whether process 0 waits for the chunks of the others.
       log: called with progress messages.
 
@@ -146,7 +145,8 @@ def evaluate_settings(
     """
     metric_set.check(samples)
     description = _extend(description, sampler, metric_set, samples, labels, seed)
-    settings = settings_of(description, steps, guidance, sampler.base_steps, out)
+    schedules = {number: sampler.schedule(number) for number in steps}
+    settings = settings_of(description, schedules, guidance, interval, out)
     label = sample_labels(labels, samples, num_classes, seed)
     # Whole batches, because noise between steps depends on the batch.
     size = -(-min(CHUNK, samples) // sampler.batch_size) * sampler.batch_size
@@ -233,6 +233,7 @@ def _draw(chunks, indices, setting, params, sampler, metric_set, samples, seed):
             labels,
             guidance=setting.guidance,
             schedule=setting.schedule,
+            interval=setting.interval,
             first=first,
         )
 
@@ -281,11 +282,13 @@ def _extend(description, sampler, metric_set, samples, labels, seed) -> dict:
 
 def _fields(setting) -> dict:
     """A setting as it is in its record and its hash."""
-    return {
+    fields = {
         'steps': setting.steps,
         'guidance': setting.guidance,
         'schedule': list(setting.schedule),
     }
+    # Without the key, so that records of networks without this input keep their hash.
+    return fields | ({'interval': list(setting.interval)} if setting.interval else {})
 
 
 def _provenance() -> dict:
@@ -310,4 +313,5 @@ def _is_finished(folder, keep) -> bool:
 
 def _all_but_guidance(record) -> tuple:
     """Fields that records of one grid over guidance share."""
-    return record['params_sha256'], record['steps'], record['seed'], record['labels']
+    names = ('params_sha256', 'steps', 'seed', 'labels')
+    return *map(record.get, names), str(record.get('interval'))

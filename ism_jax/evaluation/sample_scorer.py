@@ -7,7 +7,6 @@ the samples' labels.
 from collections.abc import Callable, Iterable, Sequence
 import json
 import math
-import operator
 from pathlib import Path
 from typing import Any
 import warnings
@@ -17,7 +16,6 @@ import numpy as np
 
 from ism_jax.data import pixels
 from ism_jax.evaluation import classifier, frechet_distance, records, score_table
-from ism_jax.method import time_grid
 from ism_jax.sampling.sampler import Sampler
 
 # Real images to train on and compare with: enough for 64 features, and they fit in
@@ -77,6 +75,7 @@ class SampleScorer:
         steps: int,
         guidance: float,
         samples: int,
+        interval: tuple[float, float] | None = None,
         noise_seed: int | None = None,
     ) -> dict:
         """The record of one setting; every class is sampled equally often.
@@ -86,6 +85,7 @@ class SampleScorer:
           steps: number of sampling steps.
           guidance: guidance scale w.
           samples: number of samples, at least 2.
+          interval: start and end time of guidance; None for the method's default.
           noise_seed: seed of the samples' noise; None for the scorer's seed.
         """
         batches = self._sampler.batches(
@@ -93,9 +93,13 @@ class SampleScorer:
             jax.random.key(self._seed if noise_seed is None else noise_seed),
             np.arange(samples) % self.num_classes,
             guidance=guidance,
-            schedule=time_grid.dyadic_schedule(steps, self._sampler.base_steps),
+            schedule=steps,
+            interval=interval,
         )
-        return {'steps': steps, 'guidance': guidance} | self.score(batches)
+        setting = {'steps': steps, 'guidance': guidance}
+        if interval is not None:
+            setting['interval'] = list(interval)
+        return setting | self.score(batches)
 
     def score(self, batches: Iterable[tuple]) -> dict[str, float | int]:
         """The scores of all images together, rounded to 8 bits like the real images.
@@ -161,6 +165,7 @@ def score_settings(
     trained_steps: int,
     steps: Sequence[int],
     guidance: Sequence[float],
+    interval: tuple[float, float] | None = None,
     samples: int,
     workdir,
     log: Callable[[str], Any] = print,
@@ -168,7 +173,7 @@ def score_settings(
     """Scores every pair of steps and guidance, and writes and logs the results.
 
     The results are added to `scores.json`, where they replace earlier records of the
-    same steps, guidance, number of samples and `trained_steps`.
+    same steps, guidance, interval, number of samples and `trained_steps`.
 
     Args:
       scorer: the run's scorer.
@@ -176,6 +181,7 @@ def score_settings(
       trained_steps: training steps of `params`.
       steps: numbers of sampling steps.
       guidance: guidance scales w.
+      interval: start and end time of guidance; None for the method's default.
       samples: number of samples of each pair.
       workdir: folder of `scores.json`.
       log: called with the table.
@@ -184,15 +190,18 @@ def score_settings(
       The new records.
     """
     new = [
-        scorer(params, steps=number, guidance=float(w), samples=samples)
+        scorer(
+            params, steps=number, guidance=float(w), samples=samples, interval=interval
+        )
         | {'trained_steps': trained_steps}
         for number in steps
         for w in guidance
     ]
     path = Path(workdir) / 'scores.json'
     earlier = json.loads(path.read_text()) if path.exists() else []
-    setting = operator.itemgetter('trained_steps', 'samples', 'steps', 'guidance')
-    replaced = {setting(record) for record in new}
+    fields = ('trained_steps', 'samples', 'steps', 'guidance', 'interval')
+    setting = lambda record: [record.get(name) for name in fields]
+    replaced = [setting(record) for record in new]
     kept = [record for record in earlier if setting(record) not in replaced]
     records.write_records(path, kept + new)
     table = score_table.classifier_table(

@@ -80,6 +80,10 @@ def metrics_table(records: Sequence[Mapping]) -> str:
             f'Labels {records[0]["labels"]}, seed {records[0]["seed"]}, after '
             f'{records[0]["trained_steps"]} steps of training.'
         )
+    intervals = {tuple(r['interval']) for r in records if 'interval' in r}
+    notes += [
+        f'Guidance in the interval {start:g} .. {end:g}.' for start, end in intervals
+    ]
     for grid in sorted(set(grids.values())):
         numbers = ', '.join(str(n) for n in sorted(grids) if grids[n] == grid)
         scales = ', '.join(f'{w:g}' for w in grid)

@@ -40,13 +40,40 @@ def sample_guidance(key: jax.Array, num: int, values: np.ndarray) -> jax.Array:
     return jax.random.choice(key, jnp.asarray(values), (num,))
 
 
-def interval_guidance(w: jax.Array, t: jax.Array, interval: float) -> jax.Array:
-    """The guidance scale that acts at time t: w where t >= interval, else 0.
+def power_law_guidance(
+    key: jax.Array, num: int, guidance_max: float, beta: float
+) -> jax.Array:
+    """`num` scales w in [0, guidance_max] with density proportional to (1 + w)^-beta.
+
+    beta = 0 is uniform in w, and beta = 1 is uniform in log(1 + w) (improved MeanFlow,
+    arXiv 2512.02012).
+    """
+    u = jax.random.uniform(key, (num,))
+    if beta == 1:
+        return jnp.expm1(u * np.log1p(guidance_max))
+    # The inverse of the distribution function, which is linear in (1 + w)^(1 - beta).
+    power = 1 - beta
+    top = np.float32((1 + guidance_max) ** power - 1)
+    return (1 + u * top) ** (1 / power) - 1
+
+
+def sample_interval(key: jax.Array, num: int) -> jax.Array:
+    """Guidance intervals [num, 2]: start ~ U(0, 1/2) and end ~ U(1/2, 1).
+
+    The distribution of improved MeanFlow (arXiv 2512.02012).
+    """
+    return jax.random.uniform(key, (num, 2), maxval=0.5) + jnp.array([[0.0, 0.5]])
+
+
+def interval_guidance(
+    w: jax.Array, t: jax.Array, start: float | jax.Array, end: float | jax.Array = 1.0
+) -> jax.Array:
+    """The guidance scale that acts at time t: w where start <= t <= end, else 0.
 
     The network is conditioned on w itself at every t, so that a single step from t = 0
-    can apply the guidance of the rest of the path. An interval of 0 guides everywhere.
+    can apply the guidance of the rest of the path.
     """
-    return jnp.where(t >= interval, w, 0.0)
+    return jnp.where((t >= start) & (t <= end), w, 0.0)
 
 
 def guided_velocity(

@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from ism_jax.method.loss_distance import Distance
 
@@ -34,3 +35,12 @@ def term_metrics(
     """{'name/loss': loss, 'name/part': mean of the part, ...}, scalars."""
     means = {f'{name}/{part}': values.mean() for part, values in parts.items()}
     return {f'{name}/loss': loss, **means}
+
+
+def adaptive_sum(square: jax.Array, power: float, eps: float) -> jax.Array:
+    """Sum of |e|^2 / sg( |e|^2 + eps )^power over the samples; square = |e|^2, [B].
+
+    The adaptive weight of MeanFlow (arXiv 2505.13447, equation 22); 0 is no weight.
+    """
+    weight = jax.lax.stop_gradient(square + eps) ** power
+    return jnp.sum(square / weight)

@@ -1,15 +1,23 @@
-"""The dyadic time grid on which shortcut models are trained and sampled.
+"""Times and step sizes of training and sampling.
 
-Step sizes are powers of two, 1, 1/2, ..., 1/base_steps, and a step of size `d` starts
-at a multiple of `d`. The finest step 1/base_steps takes the instantaneous velocity: the
-network is then conditioned on d = 0 (Shortcut Models, arXiv 2410.12557, section 3; iSM,
-arXiv 2510.21250, section 3).
+Shortcut models are trained on a dyadic grid: step sizes are powers of two, 1, 1/2, ...,
+1/base_steps, and a step of size `d` starts at a multiple of `d`. The finest step
+1/base_steps takes the instantaneous velocity: the network is then conditioned on d = 0
+(Shortcut Models, arXiv 2410.12557, section 3; iSM, arXiv 2510.21250, section 3).
+
+Methods that train every t and d sample with any step sizes that sum to 1.
 """
 
 from collections.abc import Sequence
 import math
+from typing import Literal
 
+import jax
 import numpy as np
+
+# Largest difference from 1 of a sum of step sizes, as users write them.
+SUM_TOLERANCE = 1e-6
+TimeDraw = Literal['uniform', 'logit_normal']
 
 
 def is_base_steps(base_steps: int) -> bool:
@@ -33,30 +41,61 @@ def dyadic_schedule(num_steps: int, base_steps: int = 128) -> tuple[float, ...]:
     Raises:
       ValueError: fewer than 1 or more than `base_steps` steps.
     """
-    if not 1 <= num_steps <= base_steps:
-        raise ValueError(
-            f'steps = {num_steps} must lie in 1 .. {base_steps}, the base steps that '
-            'the network was trained with'
-        )
+    _check_number(num_steps, base_steps)
     coarse = 2 ** int(math.log2(num_steps))
     halved = num_steps - coarse
     return (1 / coarse,) * (coarse - halved) + (0.5 / coarse,) * (2 * halved)
 
 
-def check_schedule(schedule: Sequence[float], base_steps: int = 128) -> None:
-    """Checks that the network was trained for all steps of a schedule.
+def equal_schedule(num_steps: int, base_steps: int = 128) -> tuple[float, ...]:
+    """`num_steps` equal step sizes.
 
     Raises:
-      ValueError: a step is not a power of two in [1/base_steps, 1] or does not start at
-        a multiple of its size, or the steps do not sum to 1.
+      ValueError: see `dyadic_schedule`.
     """
-    fault = _schedule_fault(schedule, base_steps)
+    _check_number(num_steps, base_steps)
+    return (1 / num_steps,) * num_steps
+
+
+def _check_number(num_steps, base_steps) -> None:
+    if not 1 <= num_steps <= base_steps:
+        raise ValueError(
+            f'steps = {num_steps} must lie in 1 .. {base_steps}, the base steps that '
+            'the network was trained with'
+        )
+
+
+def check_schedule(
+    schedule: Sequence[float], base_steps: int = 128, *, dyadic: bool = True
+) -> None:
+    """Checks that the network was trained for all steps of a schedule.
+
+    Args:
+      schedule: step sizes.
+      base_steps: 1 / the finest step size of a dyadic schedule.
+      dyadic: whether each step must be a power of two in [1/base_steps, 1] that starts
+        at a multiple of its size.
+
+    Raises:
+      ValueError: a step is not positive or not dyadic, or the steps do not sum to 1.
+    """
+    if dyadic:
+        fault = _dyadic_fault(schedule, base_steps)
+    elif not all(d > 0 for d in schedule):
+        fault = 'has a step that is not positive'
+    else:
+        total = sum(schedule)
+        fault = (
+            ''
+            if abs(total - 1) < SUM_TOLERANCE
+            else f'ends at t = {total:g}; the steps must sum to 1'
+        )
     if fault:
         raise ValueError(f'schedule {list(schedule)} {fault}')
 
 
-def _schedule_fault(schedule, base_steps) -> str:
-    """The fault of a schedule in words; '' if it is valid."""
+def _dyadic_fault(schedule, base_steps) -> str:
+    """The fault of a dyadic schedule in words; '' if it is valid."""
     t = 0.0  # Sums of powers of two are exact in floating point.
     for number, d in enumerate(schedule):
         if not 1 / base_steps <= d <= 1 or math.frexp(d)[0] != 0.5:
@@ -73,15 +112,8 @@ def _schedule_fault(schedule, base_steps) -> str:
     return '' if t == 1 else f'ends at t = {t}; the steps must sum to 1'
 
 
-def times_and_sizes(
-    schedule: Sequence[float], base_steps: int = 128
-) -> tuple[np.ndarray, np.ndarray]:
-    """Start times and sizes of the steps of a schedule, each [N] float32.
-
-    Raises:
-      ValueError: see `check_schedule`.
-    """
-    check_schedule(schedule, base_steps)
+def times_and_sizes(schedule: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Start times and sizes of the steps of a schedule, each [N] float32."""
     d = np.asarray(schedule, np.float32)
     t = np.concatenate([[0.0], np.cumsum(schedule)[:-1]]).astype(np.float32)
     return t, d
@@ -90,3 +122,29 @@ def times_and_sizes(
 def embedded_step(d, base_steps: int):
     """The step size that the network is conditioned on: 0 for the finest, else `d`."""
     return d * (d > 1.5 / base_steps)
+
+
+def sample_times(
+    key: jax.Array, num: int, draw: TimeDraw, mean: float, std: float
+) -> jax.Array:
+    """Random times t in (0, 1), [num].
+
+    'uniform' draws from U(0, 1), and 'logit_normal' the sigmoid of N(mean, std^2), as
+    Stable Diffusion 3 does (arXiv 2403.03206, section 3.1).
+    """
+    if draw == 'uniform':
+        return jax.random.uniform(key, (num,))
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (num,)))
+
+
+def sample_steps(
+    key: jax.Array, num: int, mean: float, std: float
+) -> tuple[jax.Array, jax.Array]:
+    """Random t and d, each [num], with 0 < t <= t + d < 1.
+
+    The noise levels 1 - t and 1 - t - d are two sorted draws of sigmoid(N(mean, std^2))
+    (MeanFlow, arXiv 2505.13447, section 4.3).
+    """
+    level = jax.nn.sigmoid(mean + std * jax.random.normal(key, (2, num)))
+    noisier, cleaner = level.max(0), level.min(0)
+    return 1 - noisier, noisier - cleaner

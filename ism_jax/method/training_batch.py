@@ -6,6 +6,7 @@ nor joining moves samples between devices.
 """
 
 from collections.abc import Sequence
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -28,13 +29,22 @@ class Batch(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Inputs of the network: x [B, H, W, C]; t, d, w, label [B]."""
+    """Inputs of the network: x [B, H, W, C]; t, d, w, label [B]; interval [B, 2].
+
+    The guidance interval (start and end time) is for networks that are conditioned on
+    it; for others it is None and not passed.
+    """
 
     x: jax.Array
     t: jax.Array
     d: jax.Array
     w: jax.Array
     label: jax.Array
+    interval: jax.Array | None = None
+
+    def arguments(self) -> tuple[jax.Array, ...]:
+        """The arguments of the network after its parameters."""
+        return self[:5] if self.interval is None else tuple(self)
 
 
 def split(batch: NamedTuple, shares: Sequence[int]) -> list[NamedTuple]:
@@ -56,13 +66,15 @@ def split(batch: NamedTuple, shares: Sequence[int]) -> list[NamedTuple]:
     ]
 
 
-def apply_together(apply, params, repeats: int, *parts: Inputs) -> list[jax.Array]:
+def apply_together(apply, params, repeats: int, *parts: Inputs) -> list:
     """The network's output for each part, [B_part, H, W, C], from one call.
 
-    The parts are interleaved in the pattern of `split`.
+    The parts are interleaved in the pattern of `split`. If the network has several
+    outputs, each part gets as many.
 
     Args:
-      apply: the network, `apply(params, x, t, d, w, label)`.
+      apply: the network, `apply(params, x, t, d, w, label)`, with the interval as
+        another argument if the parts have one.
       params: its parameters.
       repeats: how often the pattern repeats along the batch.
       *parts: each with a multiple of `repeats` samples.
@@ -76,11 +88,16 @@ def apply_together(apply, params, repeats: int, *parts: Inputs) -> list[jax.Arra
         patterns = [a.reshape(repeats, -1, *shape) for a in arrays if a.shape[0]]
         return jnp.concatenate(patterns, axis=1).reshape(-1, *shape)
 
-    result = apply(params, *map(interleave, *parts))
-    shape = result.shape[1:]
-    result = result.reshape(repeats, sum(shares), *shape)
+    joined = jax.tree.map(interleave, *parts)
+    outputs = apply(params, *joined.arguments())
+
+    def take(start, stop, array):
+        shape = array.shape[1:]
+        pattern = array.reshape(repeats, sum(shares), *shape)
+        return pattern[:, start:stop].reshape(-1, *shape)
+
     bounds = itertools.accumulate(shares, initial=0)
     return [
-        result[:, start:stop].reshape(-1, *shape)
+        jax.tree.map(functools.partial(take, start, stop), outputs)
         for start, stop in itertools.pairwise(bounds)
     ]

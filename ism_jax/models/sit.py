@@ -54,8 +54,9 @@ MAX_PERIOD = 10_000.0
 MAX_LEVELS = 16  # Distinct dyadic step sizes, from 1 down to 1/32768.
 MAX_TOKENS = 2**16  # More need over 16 GiB of attention scores per head.
 STEP_EMBEDDINGS = ('level', 'size')
-# Factor on w before its sinusoids: scales 1/4 apart get distinct features, and scales
-# in between stay close to their neighbours.
+GUIDANCE_EMBEDDINGS = ('scale', 'ratio')
+# Factor on w, and on the ends of its interval, before their sinusoids: scales 1/4 apart
+# get distinct features, and scales in between stay close to their neighbours.
 GUIDANCE_SCALE = 10.0
 
 
@@ -189,6 +190,11 @@ class SiT(nn.Module):
         draw d at random or differentiate in it.
       time_scale: factor on t and d before their sinusoids, which DiT designed for times
         of 0 to 1000; MeanFlow uses 1, for small derivatives in t.
+      guidance_embedding: how the network is conditioned on w: 'scale' embeds w, 'ratio'
+        embeds w / (1 + w), which is less than 1 for any w.
+      interval_input: whether the network is conditioned on the guidance interval.
+      velocity_head: number of the last blocks that a second output has for itself, the
+        velocity at t; 0 for no second output (improved MeanFlow, arXiv 2512.02012).
       mesh: devices that the activations are split over; None leaves that to XLA. It
         changes no value beyond rounding.
     """
@@ -205,10 +211,13 @@ class SiT(nn.Module):
     unroll: int = 1
     step_embedding: str = 'level'
     time_scale: float = 1000.0
+    guidance_embedding: str = 'scale'
+    interval_input: bool = False
+    velocity_head: int = 0
     mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
-    def __call__(self, x, t, d, w, label):
+    def __call__(self, x, t, d, w, label, interval=None, with_velocity=False):
         """Predicts the mean velocity over a step, or the velocity at t for d = 0.
 
         Args:
@@ -217,11 +226,14 @@ class SiT(nn.Module):
           d: [B] step size in [0, 1].
           w: [B] guidance scale, 0 without guidance.
           label: [B] int32 in [0, num_classes].
+          interval: [B, 2] start and end time of guidance, for `interval_input`; None
+            for (0, 1). It has no effect at w = 0.
+          with_velocity: whether to return the output of the velocity head too.
 
         Returns:
-          [B, H, H, C] float32.
+          [B, H, H, C] float32, or two of them.
         """
-        batch, side, _, channels = x.shape
+        image_shape = batch, side, _, channels = x.shape
         chex.assert_shape(x, (batch, side, side, channels))
         dtype = jnp.dtype(self.dtype)
         grid, patch = side // self.patch_size, self.patch_size
@@ -232,40 +244,58 @@ class SiT(nn.Module):
         x = _dense(self.hidden_size, 'patch_embedding', dtype)(x.astype(dtype))
         x = x + position_embedding(self.hidden_size, grid)[None].astype(dtype)
 
-        condition = sharding.constrain_batch(self._condition(t, d, w, label), self.mesh)
+        condition = self._condition(t, d, w, label, interval)
+        condition = sharding.constrain_batch(condition, self.mesh)
         condition = nn.silu(condition).astype(dtype)
 
+        shared = self.depth - self.velocity_head
+        x = mean = self._stack('blocks', shared)(x, condition)
+        if self.velocity_head:
+            mean = self._stack('mean_blocks', self.velocity_head)(x, condition)
+        mean = self._image(mean, condition, 'final', image_shape)
+        if not with_velocity:
+            return mean
+        x = self._stack('velocity_blocks', self.velocity_head)(x, condition)
+        return mean, self._image(x, condition, 'velocity_final', image_shape)
+
+    def _stack(self, name, length):
+        """`length` blocks as a function of tokens and condition."""
         block = Block
         if self.remat != 'none':
             block = nn.remat(
                 Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
             )
-        x, _ = nn.scan(
+        blocks = nn.scan(
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True},
             in_axes=nn.broadcast,
-            length=self.depth,
+            length=length,
             unroll=self.unroll,
         )(
             self.num_heads,
             self.mlp_ratio,
-            dtype,
+            jnp.dtype(self.dtype),
             self.attention,
             self.mesh,
-            name='blocks',
-        )(x, condition)
+            name=name,
+        )
+        return lambda x, condition: blocks(x, condition)[0]
 
-        modulation = _zero_dense(2 * self.hidden_size, 'final_modulation', dtype)
+    def _image(self, x, condition, name, shape):
+        """The last layer: tokens to an image [B, H, H, C] float32."""
+        batch, side, _, channels = shape
+        patch, dtype = self.patch_size, jnp.dtype(self.dtype)
+        grid = side // patch
+        modulation = _zero_dense(2 * self.hidden_size, f'{name}_modulation', dtype)
         shift, scale = jnp.split(modulation(condition), 2, axis=-1)
         x = _modulate(_layer_norm(x, dtype), shift, scale)
-        x = _zero_dense(patch**2 * channels, 'final', dtype)(x)
+        x = _zero_dense(patch**2 * channels, name, dtype)(x)
         x = x.reshape(batch, grid, grid, patch, patch, channels)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side, side, channels)
-        return x.astype(jnp.float32)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(shape).astype(jnp.float32)
 
-    def _condition(self, t, d, w, label):
-        """Sum of the embeddings of t, label, d and w, [B, hidden_size] float32."""
+    def _condition(self, t, d, w, label, interval):
+        """Sum of the embeddings of all conditions, [B, hidden_size] float32."""
         classes = nn.Embed(
             self.num_classes + 1,
             self.hidden_size,
@@ -292,10 +322,24 @@ class SiT(nn.Module):
             )
             level = jnp.round(-jnp.log2(jnp.where(d > 0, d, 1.0))).astype(jnp.int32)
             condition += jnp.where(d[:, None] > 0, table(level), 0.0)
-        guidance = ScalarEmbedding(
-            self.hidden_size, zero_init=True, name='guidance_embedding'
-        )
-        return condition + w[:, None] * guidance(w * GUIDANCE_SCALE)
+        return condition + self._guidance(w, interval)
+
+    def _guidance(self, w, interval):
+        """Embedding of the guidance scale and its interval, 0 where w = 0."""
+
+        def embed(name, value):
+            embedding = ScalarEmbedding(self.hidden_size, zero_init=True, name=name)
+            return embedding(value * GUIDANCE_SCALE)
+
+        if self.guidance_embedding == 'ratio':
+            w = w / (1 + w)
+        embedded = embed('guidance_embedding', w)
+        if self.interval_input:
+            if interval is None:
+                interval = jnp.tile(jnp.array([[0.0, 1.0]]), (w.shape[0], 1))
+            embedded += embed('interval_start_embedding', interval[:, 0])
+            embedded += embed('interval_end_embedding', interval[:, 1])
+        return w[:, None] * embedded
 
 
 def num_parameters(model: SiT, image_shape: tuple[int, int, int]) -> int:
@@ -308,7 +352,8 @@ def init_params(model: SiT, image_shape: tuple[int, int, int], key: jax.Array):
     """Initial float32 parameters for images [H, W, C]."""
     zeros = jnp.zeros((1,))
     x, label = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
-    return model.init(key, x, zeros, zeros, zeros, label)['params']
+    options = dict(with_velocity=model.velocity_head > 0)
+    return model.init(key, x, zeros, zeros, zeros, label, **options)['params']
 
 
 def abstract_params(model: SiT, image_shape: tuple[int, int, int]):

@@ -62,7 +62,7 @@ class Objective(meanflow.Objective):
     ) -> jax.Array:
         """The target u - (u - target) / alpha, whose error is the module's e."""
         alpha = self.current_alpha(progress)
-        x, t, d, w, label = inputs
+        x, t, d, w, label = inputs.arguments()
 
         def divided_step():
             first = velocity

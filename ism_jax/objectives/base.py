@@ -1,7 +1,7 @@
 """The interface of an objective: what training and sampling need from a method."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -23,7 +23,9 @@ class BaseObjective(abc.ABC):
     """The loss, the sampler and the properties of a method.
 
     The network is a function `apply(params, x, t, d, w, label)` of x [B, H, W, C] and
-    t, d, w, label [B]; its output is a velocity [B, H, W, C].
+    t, d, w, label [B]; its output is a velocity [B, H, W, C]. If the method
+    `conditions_on_interval`, the loss passes the guidance interval [B, 2] as another
+    argument; for sampling, the interval is already a part of `apply`.
 
     Attributes:
       num_classes: number of classes, and the index of the null label.
@@ -60,8 +62,9 @@ class BaseObjective(abc.ABC):
 
     def velocity(self, apply, params, x, t, d, w, label) -> jax.Array:
         """Mean velocity over the step from t to t + d, which the sampler integrates."""
-        embedded = time_grid.embedded_step(d, self.base_steps)
-        return apply(params, x, t, embedded, w, label)
+        if self.dyadic:
+            d = time_grid.embedded_step(d, self.base_steps)
+        return apply(params, x, t, d, w, label)
 
     def sample(self, apply, params, noise, label, w, times, steps, key) -> jax.Array:
         """Data from noise, by x_{t+d} = x_t + d velocity(x_t, t, d) along a schedule.
@@ -105,6 +108,22 @@ class BaseObjective(abc.ABC):
 
         return jax.lax.scan(body, (x, key), (times, steps))[0][0]
 
+    def schedule(self, steps: int | Sequence[float]) -> tuple[float, ...]:
+        """Step sizes from noise to data.
+
+        Args:
+          steps: a number of steps, or step sizes that sum to 1.
+
+        Raises:
+          ValueError: the network was not trained for these steps.
+        """
+        if not isinstance(steps, int):
+            time_grid.check_schedule(steps, self.base_steps, dyadic=self.dyadic)
+            return tuple(steps)
+        if self.dyadic:
+            return time_grid.dyadic_schedule(steps, self.base_steps)
+        return time_grid.equal_schedule(steps, self.base_steps)
+
     def clip_step(self, t, d):
         """Time and size of the part of a step after `start_time`."""
         start = jnp.maximum(t, self.start_time)
@@ -122,7 +141,7 @@ class BaseObjective(abc.ABC):
 
     @property
     def base_steps(self) -> int:
-        """1 / the finest step size, which is also the largest number of steps."""
+        """The largest number of steps, and 1 / the finest size of dyadic steps."""
         return 128
 
     @property
@@ -135,8 +154,18 @@ class BaseObjective(abc.ABC):
 
     @property
     def guidance_interval(self) -> float:
-        """Time from which guidance acts."""
+        """Time from which guidance acts, by default if `conditions_on_interval`."""
         return 0.0
+
+    @property
+    def conditions_on_interval(self) -> bool:
+        """Whether the network is conditioned on the guidance interval."""
+        return False
+
+    @property
+    def dyadic(self) -> bool:
+        """Whether the step sizes are those of the dyadic grid; else any are."""
+        return False
 
     @property
     def conditions_on_step(self) -> bool:

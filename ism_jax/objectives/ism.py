@@ -9,10 +9,10 @@
                      sg( s'(x_t, t, c, d, w) / 2 + s'(x', t + d, c, d, w) / 2 ),
                      x' = x_t + d s'(x_t, t, c, d, w)
 
-with s the online network, s' the target EMA, and w_t = w where t is at least the
-guidance interval, else 0. The batch is split among the three terms, so the online
-network runs forward and backward once over the batch. The target EMA runs once on all
-inputs at x_t and once on the second half-steps.
+with s the online network, s' the target EMA, and w_t = w where t is within the guidance
+interval, else 0. The batch is split among the three terms, so the online network runs
+forward and backward once over the batch. The target EMA runs once on all inputs at x_t
+and once on what a larger step needs.
 
 Choices that the paper leaves open, and deviations from its text:
   * The poster's equation (10) has `t` in the second half-step, where the derivation
@@ -24,6 +24,18 @@ Choices that the paper leaves open, and deviations from its text:
     term and not its weight.
   * t ~ U(0, 1) where d = 0. In self-consistency the step sizes 2d have equal numbers of
     samples, and t is uniform on the multiples of 2d.
+
+Options beyond the paper:
+  * `consistency = 'derivative'` trains every t and d, instead of the dyadic ones, with
+    the target s = v + d ds/dt, where v = s'(x_t, t, c, 0, w); 'difference' replaces the
+    Jacobian-vector product by a finite difference. See `method.mean_velocity`.
+  * `guidance_target = 'guided'` has the target
+    (x1 - x0) + w_t / (1 + w_t) sg( s'(x_t, t, c, 0, w) - s'(x_t, t, null, 0, 0) ).
+    Both targets have the fixed point v(c) + w_t (v(c) - v(null)). This one multiplies
+    the teacher's errors by less than 1, the other by w (improved MeanFlow, arXiv
+    2512.02012).
+  * `interval = 'input'` conditions the network on the interval (improved MeanFlow).
+  * `null_share` trains the null label, without guidance, in all terms.
 """
 
 import dataclasses
@@ -33,7 +45,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ism_jax.method import guidance, interpolant, time_grid, training_batch
+from ism_jax.method import (
+    guidance,
+    interpolant,
+    mean_velocity,
+    time_grid,
+    training_batch,
+)
 from ism_jax.method.loss_terms import loss_terms
 from ism_jax.method.training_batch import Batch, Inputs, apply_together
 from ism_jax.objectives.base import BaseObjective, option
@@ -71,6 +89,37 @@ class Objective(BaseObjective):
     midpoint: Literal['target', 'online'] = option(
         'target', "network of the first half-step: 'target' (EMA) or 'online'"
     )
+    consistency: Literal['bootstrap', 'derivative', 'difference'] = option(
+        'bootstrap',
+        "target of a step: 'bootstrap' (two half-steps), 'derivative' or 'difference'",
+    )
+    difference_distance: float = option(
+        0.005, "time between the points of consistency = 'difference'; larger in bf16"
+    )
+    interval: Literal['fixed', 'input'] = option(
+        'fixed',
+        "guidance interval: 'fixed' is [guidance_interval, 1]; 'input' is random",
+    )
+    guidance_target: Literal['unguided', 'guided'] = option(
+        'unguided', "teacher of the guidance target: at w = 0, or 'guided' at w"
+    )
+    guidance_draw: Literal['grid', 'uniform', 'log_uniform'] = option(
+        'grid', "w in training: on a 'grid', 'uniform', or 'log_uniform' in 1 + w"
+    )
+    guidance_power: float = option(
+        0.0, 'p in the weight (1 + w)^-p of the errors; 0 for none'
+    )
+    step_power: float = option(
+        0.0, 'p in the weight d^p of consistency errors; 0 for none'
+    )
+    null_share: float = option(
+        0.0, 'probability that a label becomes null, in guidance and consistency'
+    )
+    time_draw: time_grid.TimeDraw = option(
+        'uniform', "t where d = 0, and both ends of random steps, or 'logit_normal'"
+    )
+    time_mean: float = option(0.0, 'mean of the normal whose sigmoid is t')
+    time_std: float = option(1.0, 'its standard deviation; see time_mean')
 
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress
@@ -80,27 +129,25 @@ class Objective(BaseObjective):
         batch_v, batch_g, batch_c = training_batch.split(batch, self._shares())
         repeats = batch.label.shape[0] // self.batch_multiple
 
-        # One teacher call for all inputs at x_t, at any step size and guidance.
         velocity = self._velocity_inputs(batch_v, key_v)
         guided = self._guided_inputs(batch_g, key_g)
-        coarse, d = self._consistency_inputs(batch_c, key_c)
-        fine = coarse._replace(d=time_grid.embedded_step(d, self.base_steps))
-        unguided = guided._replace(w=jnp.zeros_like(guided.w))
-        null = jnp.full_like(guided.label, self.num_classes)
+        coarse = self._consistency_inputs(batch_c, key_c)
+        # One teacher call for all inputs at x_t, at any step size and guidance.
         conditional, unconditional, first = apply_together(
-            apply, target_params, repeats, unguided, unguided._replace(label=null), fine
+            apply,
+            target_params,
+            repeats,
+            *self._guidance_pair(guided),
+            coarse._replace(d=self._first_step(coarse.d)),
         )
-        move = first
-        if self.midpoint == 'online':
-            (move,) = apply_together(apply, params, repeats, fine)
-        midpoint = fine._replace(x=interpolant.step(fine.x, move, d), t=fine.t + d)
-        (second,) = apply_together(apply, target_params, repeats, midpoint)
-
         guided_target = guidance.guided_velocity(
             batch_g.data - batch_g.noise,
             conditional,
             unconditional,
-            guidance.interval_guidance(guided.w, guided.t, self.guidance_interval),
+            self._acting_guidance(guided),
+        )
+        consistency_target = self._consistency_target(
+            apply, params, target_params, repeats, coarse, first
         )
         prediction_v, prediction_g, prediction_c = apply_together(
             apply, params, repeats, velocity, guided, coarse
@@ -109,13 +156,23 @@ class Objective(BaseObjective):
             distance,
             velocity=(prediction_v, batch_v.data - batch_v.noise),
             guidance=(prediction_g, guided_target),
-            consistency=(prediction_c, 0.5 * (first + second)),
+            consistency=(prediction_c, consistency_target),
         )
         if 'consistency' in errors:
             metrics |= self._per_level(errors['consistency'], coarse.d)
+        return self._weighted(errors, guided, coarse), metrics
+
+    def _weighted(self, errors, guided: Inputs, coarse: Inputs) -> jax.Array:
+        """The loss: the weighted sum of the terms' weighted means."""
         terms = ('velocity', 'guidance', 'consistency')
         weights = dict(zip(terms, self.loss_weights, strict=True))
-        return sum(weights[name] * errors[name].mean() for name in errors), metrics
+        if self.guidance_power:
+            for name, inputs in (('guidance', guided), ('consistency', coarse)):
+                if name in errors:
+                    errors[name] *= (1 + inputs.w) ** -self.guidance_power
+        if self.step_power and 'consistency' in errors:
+            errors['consistency'] *= coarse.d**self.step_power
+        return sum(weights[name] * errors[name].mean() for name in errors)
 
     def _shares(self) -> tuple[int, int, int]:
         """`batch_split`, with the guidance share moved to velocity if unused."""
@@ -125,49 +182,126 @@ class Objective(BaseObjective):
         return velocity + guided, 0, consistency
 
     def _velocity_inputs(self, batch: Batch, key) -> Inputs:
-        key_t, key_label = jax.random.split(key)
-        t = jax.random.uniform(key_t, batch.label.shape)
+        key_t, key_label, key_interval = jax.random.split(key, 3)
+        t = self._sample_times(key_t, batch.label.shape[0])
         label = guidance.drop_labels(
             key_label, batch.label, self.label_dropout, self.num_classes
         )
         x = interpolant.interpolate(batch.noise, batch.data, t)
-        return Inputs(x, t, jnp.zeros_like(t), jnp.zeros_like(t), label)
+        zeros = jnp.zeros_like(t)
+        interval = self._sample_interval(key_interval, t.shape[0])
+        return Inputs(x, t, zeros, zeros, label, interval)
 
     def _guided_inputs(self, batch: Batch, key) -> Inputs:
-        key_t, key_w = jax.random.split(key)
-        t = jax.random.uniform(key_t, batch.label.shape)
-        w = self._sample_guidance(key_w, t.shape[0], include_zero=False)
-        x = interpolant.interpolate(batch.noise, batch.data, t)
-        return Inputs(x, t, jnp.zeros_like(t), w, batch.label)
-
-    def _consistency_inputs(self, batch: Batch, key) -> tuple[Inputs, jax.Array]:
-        """Inputs of the step 2d, and the half-step d [B]."""
-        key_level, key_t, key_w = jax.random.split(key, 3)
+        key_t, key_w, key_label, key_interval = jax.random.split(key, 4)
         num = batch.label.shape[0]
-        levels = time_grid.num_levels(self.base_steps)
-        # Equal numbers of each size; a random offset picks the sizes with one more.
-        level = (
-            jnp.arange(num) + jax.random.randint(key_level, (), 0, levels)
-        ) % levels
-        steps = 2.0 ** level.astype(jnp.float32)  # Whole steps on the path: 1 / 2d.
-        t = jnp.floor(jax.random.uniform(key_t, (num,)) * steps) / steps
+        t = self._sample_times(key_t, num)
+        w = self._sample_guidance(key_w, num, include_zero=False)
+        x = interpolant.interpolate(batch.noise, batch.data, t)
+        label = self._with_nulls(key_label, batch.label)
+        interval = self._sample_interval(key_interval, num)
+        return Inputs(x, t, jnp.zeros_like(t), w, label, interval)
+
+    def _consistency_inputs(self, batch: Batch, key) -> Inputs:
+        """Inputs of a step from t to t + d."""
+        key_d, key_t, key_w, key_label, key_interval = jax.random.split(key, 5)
+        num = batch.label.shape[0]
+        if self.dyadic:
+            levels = time_grid.num_levels(self.base_steps)
+            # Equal numbers of each size; a random offset picks those with one more.
+            offset = jax.random.randint(key_d, (), 0, levels)
+            steps = 2.0 ** ((jnp.arange(num) + offset) % levels).astype(jnp.float32)
+            t = jnp.floor(jax.random.uniform(key_t, (num,)) * steps) / steps
+            d = 1 / steps
+        else:
+            ends = self._sample_times(key_t, 2 * num).reshape(2, num)
+            t = ends.min(0)
+            d = ends.max(0) - t
         w = self._sample_guidance(key_w, num, include_zero=True)
         x = interpolant.interpolate(batch.noise, batch.data, t)
-        return Inputs(x, t, 1 / steps, w, batch.label), 0.5 / steps
+        label = self._with_nulls(key_label, batch.label)
+        interval = self._sample_interval(key_interval, num)
+        return Inputs(x, t, d, w, label, interval)
 
-    def _sample_guidance(self, key, num, *, include_zero):
+    def _sample_times(self, key, num) -> jax.Array:
+        return time_grid.sample_times(
+            key, num, self.time_draw, self.time_mean, self.time_std
+        )
+
+    def _sample_guidance(self, key, num, *, include_zero) -> jax.Array:
         if not self.intrinsic_guidance:
             return jnp.zeros((num,))
-        values = guidance.guidance_values(
-            self.guidance_max, self.guidance_step, include_zero=include_zero
-        )
-        return guidance.sample_guidance(key, num, values)
+        if self.guidance_draw == 'grid':
+            values = guidance.guidance_values(
+                self.guidance_max, self.guidance_step, include_zero=include_zero
+            )
+            return guidance.sample_guidance(key, num, values)
+        beta = {'uniform': 0.0, 'log_uniform': 1.0}[self.guidance_draw]
+        return guidance.power_law_guidance(key, num, self.guidance_max, beta)
 
-    def _per_level(self, values, whole_step) -> dict[str, jax.Array]:
-        """Mean self-consistency error and number of samples for each step size."""
+    def _sample_interval(self, key, num) -> jax.Array | None:
+        if not self.conditions_on_interval:
+            return None
+        return guidance.sample_interval(key, num)
+
+    def _with_nulls(self, key, label) -> jax.Array:
+        if not self.null_share:
+            return label
+        return guidance.drop_labels(key, label, self.null_share, self.num_classes)
+
+    def _guidance_pair(self, guided: Inputs) -> tuple[Inputs, Inputs]:
+        """Conditional and unconditional inputs of the guidance target's teacher."""
+        unguided = guided._replace(w=jnp.zeros_like(guided.w))
+        null = jnp.full_like(guided.label, self.num_classes)
+        conditional = guided if self.guidance_target == 'guided' else unguided
+        return conditional, unguided._replace(label=null)
+
+    def _acting_guidance(self, guided: Inputs) -> jax.Array:
+        """Factor on the difference of the guidance pair, [B]."""
+        start, end = self.guidance_interval, 1.0
+        if guided.interval is not None:
+            start, end = guided.interval[:, 0], guided.interval[:, 1]
+        w = guidance.interval_guidance(guided.w, guided.t, start, end)
+        w = jnp.where(guided.label == self.num_classes, 0.0, w)
+        return w / (1 + w) if self.guidance_target == 'guided' else w
+
+    def _first_step(self, d) -> jax.Array:
+        """Size of the step that the teacher takes from x_t, for a target over d."""
+        if self.dyadic:
+            return time_grid.embedded_step(0.5 * d, self.base_steps)
+        return jnp.zeros_like(d)
+
+    def _consistency_target(
+        self, apply, params, target_params, repeats, coarse: Inputs, first
+    ) -> jax.Array:
+        """Target over the step of `coarse`; `first` is the teacher's `_first_step`."""
+        if self.consistency == 'derivative':
+            slope = mean_velocity.derivative(apply, target_params, coarse, first)
+            return interpolant.step(first, slope, coarse.d)
+        if self.consistency == 'difference':
+            slope = mean_velocity.difference(
+                apply, target_params, repeats, coarse, first, self.difference_distance
+            )
+            return interpolant.step(first, slope, coarse.d)
+        half = 0.5 * coarse.d
+        fine = coarse._replace(d=self._first_step(coarse.d))
+        move = first
+        if self.midpoint == 'online':
+            (move,) = apply_together(apply, params, repeats, fine)
+        midpoint = fine._replace(
+            x=interpolant.step(fine.x, move, half), t=fine.t + half
+        )
+        (second,) = apply_together(apply, target_params, repeats, midpoint)
+        return 0.5 * (first + second)
+
+    def _per_level(self, values, d) -> dict[str, jax.Array]:
+        """Mean self-consistency error and number of samples for each step size.
+
+        A random step counts for the next smaller dyadic size.
+        """
         metrics = {}
         for level in range(time_grid.num_levels(self.base_steps)):
-            at_level = whole_step == 0.5**level
+            at_level = (d >= 0.5**level) & (d < 2 * 0.5**level)
             count = at_level.sum()
             error = jnp.where(at_level, values, 0.0).sum() / jnp.maximum(count, 1)
             metrics[f'consistency_error/step_1_over_{2**level}'] = error
@@ -177,6 +311,22 @@ class Objective(BaseObjective):
     @property
     def guidance_range(self) -> tuple[float, float]:
         return 0.0, self.guidance_max if self.intrinsic_guidance else 0.0
+
+    @property
+    def conditions_on_interval(self) -> bool:
+        return self.intrinsic_guidance and self.interval == 'input'
+
+    @property
+    def dyadic(self) -> bool:
+        return self.consistency == 'bootstrap'
+
+    @property
+    def model_options(self) -> dict:
+        options = {'interval_input': True} if self.conditions_on_interval else {}
+        if self.dyadic:
+            return options
+        # With a scale of 1000 the derivatives of the time embedding would dominate.
+        return options | {'step_embedding': 'size', 'time_scale': 1.0}
 
     @property
     def uses_target_ema(self) -> bool:
@@ -191,7 +341,7 @@ class Objective(BaseObjective):
         # Every step size is trained in every batch. In smaller batches the official
         # shortcut-models code silently gives every sample the size 1.
         consistency = self._shares()[2]
-        if not consistency:
+        if not consistency or not self.dyadic:
             return self.batch_multiple
         repeats = math.ceil(time_grid.num_levels(self.base_steps) / consistency)
         return repeats * self.batch_multiple

@@ -25,8 +25,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ism_jax.method import guidance, interpolant, training_batch
-from ism_jax.method.loss_terms import loss_terms
+from ism_jax.method import (
+    guidance,
+    interpolant,
+    mean_velocity,
+    time_grid,
+    training_batch,
+)
+from ism_jax.method.loss_terms import adaptive_sum, loss_terms
 from ism_jax.method.training_batch import Batch, Inputs
 from ism_jax.objectives.base import BaseObjective, option
 
@@ -83,20 +89,15 @@ class Objective(BaseObjective):
             mean_velocity=(prediction_u, target_u),
         )
         dimension = math.prod(batch.data.shape[1:])
-        sums = (self._weighted_sum(dimension * error) for error in errors.values())
+        sums = (
+            adaptive_sum(dimension * error, self.norm_power, self.norm_eps)
+            for error in errors.values()
+        )
         return sum(term / size for term in sums), metrics
-
-    def _weighted_sum(self, square):
-        """Sum of |e|^2 / sg( |e|^2 + eps )^p over the samples; square = |e|^2, [B]."""
-        weight = jax.lax.stop_gradient(square + self.norm_eps) ** self.norm_power
-        return jnp.sum(square / weight)
 
     def sample_steps(self, key, num: int) -> tuple[jax.Array, jax.Array]:
         """Random t and d, each [num], with 0 < t <= t + d < 1."""
-        normal = jax.random.normal(key, (2, num))
-        level = jax.nn.sigmoid(self.time_mean + self.time_std * normal)
-        noisier, cleaner = level.max(0), level.min(0)
-        return 1 - noisier, noisier - cleaner
+        return time_grid.sample_steps(key, num, self.time_mean, self.time_std)
 
     def mean_velocity_target(
         self, apply, params, inputs, velocity, progress
@@ -107,13 +108,8 @@ class Objective(BaseObjective):
         [B, H, W, C], and also the tangent. `progress` is for alpha-Flow's annealing.
         """
         del progress
-        x, t, d, w, label = inputs
-        _, slope = jax.jvp(
-            lambda x, t, d: apply(params, x, t, d, w, label),
-            (x, t, d),
-            (velocity, jnp.ones_like(t), -jnp.ones_like(d)),
-        )
-        return interpolant.step(velocity, slope, d)
+        slope = mean_velocity.derivative(apply, params, inputs, velocity)
+        return interpolant.step(velocity, slope, inputs.d)
 
     def _guided_velocities(self, apply, params, repeats, parts, batches):
         """v_g of each part, [B, H, W, C], from one call of the network."""

@@ -148,5 +148,9 @@ class Objective(BaseObjective):
         return self.guidance, self.guidance
 
     @property
+    def dyadic(self) -> bool:
+        return True
+
+    @property
     def uses_target_ema(self) -> bool:
         return True

@@ -6,7 +6,6 @@ scale w (iSM, arXiv 2510.21250, algorithm 2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,8 @@ class Sampler:
 
     Attributes:
       image_shape, batch_size: see above.
-      base_steps: the largest number of sampling steps.
+      schedule: see `BaseObjective.schedule`.
+      conditions_on_interval: whether the network takes a guidance interval.
       deterministic: whether the method adds no noise between steps, so that
         `trajectory` and `final` work.
     """
@@ -56,20 +56,28 @@ class Sampler:
     ):
         self.image_shape = image_shape
         self.batch_size = batch_size
-        self.base_steps = objective.base_steps
+        self.schedule = objective.schedule
         self.deterministic = objective.deterministic
+        self.conditions_on_interval = objective.conditions_on_interval
+        self._interval = (objective.guidance_interval, 1.0)
 
-        def sample(params, key, indices, label, w, times, steps):
+        def sample_from(params, noise, label, w, interval, times, steps, key):
+            conditioned = apply
+            if self.conditions_on_interval:
+                conditioned = _with_interval(apply, interval)
+            return objective.sample(
+                conditioned, params, noise, label, w, times, steps, key
+            )
+
+        def sample(params, key, indices, *conditions_and_schedule):
             noise = random_streams.sample_noise(key, indices, image_shape)
             step_key = jax.random.fold_in(
                 jax.random.fold_in(key, STEP_NOISE), indices[0]
             )
-            return objective.sample(
-                apply, params, noise, label, w, times, steps, step_key
-            )
+            return sample_from(params, noise, *conditions_and_schedule, step_key)
 
         self._sample = jax.jit(sample)
-        self._sample_from = jax.jit(functools.partial(objective.sample, apply))
+        self._sample_from = jax.jit(sample_from)
         self._decode = (lambda x: x) if decode is None else decode
 
     def output_shape(self) -> tuple[int, int, int]:
@@ -88,7 +96,8 @@ class Sampler:
         labels: Sequence[int],
         *,
         guidance: float,
-        schedule: Sequence[float],
+        schedule: int | Sequence[float],
+        interval: tuple[float, float] | None = None,
     ) -> Iterator[jax.Array]:
         """Yields the decoded state x_t before the first and after each step.
 
@@ -97,7 +106,9 @@ class Sampler:
           noise: x_0, [N, H, W, C], for example from `noise`.
           labels: N class labels.
           guidance: guidance scale w.
-          schedule: step sizes, see `time_grid.check_schedule`.
+          schedule: number of steps, or step sizes.
+          interval: start and end time of guidance, for a network that is conditioned
+            on them; None for the method's default.
 
         Yields:
           [N, H, W, C], not clipped.
@@ -106,7 +117,7 @@ class Sampler:
           ValueError: the network was not trained for the schedule, or the method adds
             noise between steps.
         """
-        for x in self._states(params, noise, labels, guidance, schedule):
+        for x in self._states(params, noise, labels, guidance, schedule, interval):
             yield self._decode(x)
 
     def final(
@@ -116,29 +127,31 @@ class Sampler:
         labels: Sequence[int],
         *,
         guidance: float,
-        schedule: Sequence[float],
+        schedule: int | Sequence[float],
+        interval: tuple[float, float] | None = None,
     ) -> jax.Array:
         """The last state of `trajectory`, [N, H, W, C]; only this one is decoded."""
-        *_, x = self._states(params, noise, labels, guidance, schedule)
+        *_, x = self._states(params, noise, labels, guidance, schedule, interval)
         return self._decode(x)
 
-    def _states(self, params, noise, labels, guidance, schedule):
+    def _states(self, params, noise, labels, guidance, schedule, interval):
         """Yields the states of `trajectory` before decoding."""
         if not self.deterministic:
             raise ValueError(
                 'this method adds noise between steps, so its samples have no single '
                 'trajectory'
             )
-        times, sizes = time_grid.times_and_sizes(schedule, self.base_steps)
+        times, sizes = time_grid.times_and_sizes(self.schedule(schedule))
         label = np.asarray(labels, np.int32)
         w = np.full(len(label), guidance, np.float32)
+        interval = np.asarray(interval or self._interval, np.float32)
         x, unused_key = noise, jax.random.key(0)  # Deterministic methods draw nothing.
         yield x
         for i in range(len(times)):
             # One step per call, so that all schedules share one program.
             step = slice(i, i + 1)
             x = self._sample_from(
-                params, x, label, w, times[step], sizes[step], unused_key
+                params, x, label, w, interval, times[step], sizes[step], unused_key
             )
             yield x
 
@@ -149,7 +162,8 @@ class Sampler:
         labels: Sequence[int],
         *,
         guidance: float,
-        schedule: Sequence[float],
+        schedule: int | Sequence[float],
+        interval: tuple[float, float] | None = None,
         first: int = 0,
         batch_size: int | None = None,
     ) -> Iterator[tuple[jax.Array, np.ndarray]]:
@@ -160,7 +174,7 @@ class Sampler:
           key: key of the noise.
           labels: N class labels.
           guidance: guidance scale w of all samples.
-          schedule: step sizes, see `time_grid.check_schedule`.
+          schedule, interval: see `trajectory`.
           first: index of the first sample, to draw a slice of a larger set.
           batch_size: replaces the sampler's batch size.
 
@@ -170,8 +184,9 @@ class Sampler:
         Raises:
           ValueError: the network was not trained for the schedule.
         """
-        times, sizes = time_grid.times_and_sizes(schedule, self.base_steps)
+        times, sizes = time_grid.times_and_sizes(self.schedule(schedule))
         labels = np.asarray(labels, np.int32)
+        interval = np.asarray(interval or self._interval, np.float32)
         batch_size = batch_size or self.batch_size
         sharding, padded_size = batch_sharding(params, batch_size)
         for start in range(0, len(labels), batch_size):
@@ -181,10 +196,20 @@ class Sampler:
             padded = np.pad(label, (0, padded_size - len(label)))
             w = np.full(padded_size, guidance, np.float32)
             inputs = jax.device_put((indices, padded, w), sharding)
-            images = self._decode(self._sample(params, key, *inputs, times, sizes))
+            samples = self._sample(params, key, *inputs, interval, times, sizes)
+            images = self._decode(samples)
             if not images.is_fully_addressable:
                 images = distributed.to_host(images)
             yield images[: len(label)], label
+
+
+def _with_interval(apply, interval):
+    """The network with the guidance interval [2] as one of its inputs."""
+
+    def conditioned(params, x, *rest):
+        return apply(params, x, *rest, jnp.broadcast_to(interval, (x.shape[0], 2)))
+
+    return conditioned
 
 
 def batch_sharding(params, batch_size: int) -> tuple[NamedSharding | None, int]:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from ism_jax.data.pool_loader import PoolLoader
-from ism_jax.method import time_grid
 from ism_jax.runtime import distributed, files
 from ism_jax.runtime.preemption import Requests
 from ism_jax.runtime.watchdog import Watchdog
@@ -242,11 +241,7 @@ def draw_grids(
     labels = np.tile(np.arange(columns) % num_classes, 4)
     for number in steps:
         batches = sampler.batches(
-            state.infer,
-            key,
-            labels,
-            guidance=guidance,
-            schedule=time_grid.dyadic_schedule(number, sampler.base_steps),
+            state.infer, key, labels, guidance=guidance, schedule=number
         )
         images = np.concatenate([np.asarray(images) for images, _ in batches])
         progress.picture(int(state.step), f'samples_{number}_steps', images, columns)

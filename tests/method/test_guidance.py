@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from scipy import integrate
 
 from ism_jax.method import guidance
 
@@ -31,6 +33,30 @@ def test_guidance_acts_from_the_interval_on():
     np.testing.assert_array_equal(w, [0, 2, 2])
     everywhere = guidance.interval_guidance(jnp.ones(2), jnp.array([0.0, 1.0]), 0.0)
     np.testing.assert_array_equal(everywhere, [1, 1])
+    inside = guidance.interval_guidance(
+        jnp.ones(3), jnp.array([0.1, 0.5, 0.9]), 0.2, 0.8
+    )
+    np.testing.assert_array_equal(inside, [0, 1, 0])
+
+
+@pytest.mark.parametrize('beta', [0.0, 0.5, 1.0, 2.0])
+def test_guidance_scales_follow_a_power_law(beta):
+    """Against the quantiles of the density (1 + w)^-beta, integrated by SciPy."""
+    w = np.sort(guidance.power_law_guidance(jax.random.key(0), 20_000, 7.0, beta))
+    assert 0 <= w[0] < 0.01 and 6.9 < w[-1] <= 7
+    mass = lambda top: integrate.quad(lambda w: (1 + w) ** -beta, 0, top)[0] / total
+    total = integrate.quad(lambda w: (1 + w) ** -beta, 0, 7)[0]
+    for top in (0.5, 1.0, 3.0, 6.0):
+        assert np.mean(w < top) == pytest.approx(mass(top), abs=0.015)
+
+
+def test_intervals_begin_in_the_first_half_and_end_in_the_second():
+    start, end = guidance.sample_interval(jax.random.key(0), 4000).T
+    for values, low in ((start, 0.0), (end, 0.5)):
+        assert (
+            low <= values.min() < low + 0.01 and low + 0.49 < values.max() <= low + 0.5
+        )
+        assert values.mean() == pytest.approx(low + 0.25, abs=0.01)
 
 
 def test_classifier_free_velocity_extrapolates_from_the_null_label():

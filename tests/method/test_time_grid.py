@@ -1,7 +1,9 @@
 """Dyadic schedules, their times and their checks."""
 
+import jax
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from ism_jax.method import time_grid
 
@@ -58,3 +60,34 @@ def test_base_steps_are_powers_of_two(base_steps):
 
 def test_num_levels():
     assert time_grid.num_levels(2) == 1 and time_grid.num_levels(128) == 7
+
+
+def test_equal_schedules_and_free_step_sizes():
+    assert time_grid.equal_schedule(3) == (1 / 3,) * 3
+    assert time_grid.equal_schedule(4) == time_grid.dyadic_schedule(4)
+    time_grid.check_schedule((0.6, 0.4), dyadic=False)
+    time_grid.check_schedule((0.1,) * 10, dyadic=False)  # Their sum is rounded.
+    for schedule, fault in (
+        ((0.5, 0.4), 'ends at t = 0.9'),
+        ((), 'ends at t = 0;'),
+        ((1.5, -0.5), 'is not positive'),
+        ((0.0, 1.0), 'is not positive'),
+        ((float('nan'), 1.0), 'is not positive'),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            time_grid.check_schedule(schedule, dyadic=False)
+
+
+def test_times_have_the_requested_distribution():
+    key = jax.random.key(0)
+    uniform = time_grid.sample_times(key, 8000, 'uniform', 0.5, 2.0)
+    assert stats.kstest(uniform, 'uniform').pvalue > 0.01
+    logit = special.logit(time_grid.sample_times(key, 8000, 'logit_normal', 0.5, 2.0))
+    assert stats.kstest(logit, stats.norm(0.5, 2.0).cdf).pvalue > 0.01
+
+
+def test_random_steps_are_pairs_of_sorted_noise_levels():
+    t, d = time_grid.sample_steps(jax.random.key(0), 8000, -0.4, 1.0)
+    assert (t > 0).all() and (d >= 0).all() and (t + d < 1).all()
+    level = np.concatenate([1 - t, 1 - t - d])
+    assert stats.kstest(special.logit(level), stats.norm(-0.4, 1.0).cdf).pvalue > 0.01

@@ -150,6 +150,72 @@ def test_size_embedding_is_smooth_in_d():
     np.testing.assert_array_equal(at_zero, without)
 
 
+@pytest.mark.parametrize('embedding', sit.GUIDANCE_EMBEDDINGS)
+def test_the_interval_acts_with_guidance_only(embedding):
+    model = sit.SiT(**SMALL, interval_input=True, guidance_embedding=embedding)
+    params = _random_params(model)
+
+    def out(w, start, end):
+        interval = np.tile(np.array([[start, end]], 'f'), (4, 1))
+        return model.apply({'params': params}, *_inputs(w=w), interval)
+
+    assert jnp.abs(out(1.5, 0.0, 1.0) - out(1.5, 0.3, 1.0)).max() > 1e-3
+    assert jnp.abs(out(1.5, 0.0, 1.0) - out(1.5, 0.0, 0.7)).max() > 1e-3
+    np.testing.assert_array_equal(out(0.0, 0.0, 1.0), out(0.0, 0.3, 0.7))
+    everywhere = model.apply({'params': params}, *_inputs(w=1.5))
+    np.testing.assert_array_equal(everywhere, out(1.5, 0.0, 1.0))
+    # At w = 0 the network is the SiT of its other parameters.
+    plain = sit.SiT(**SMALL).apply({'params': params}, *_inputs())
+    np.testing.assert_array_equal(out(0.0, 0.3, 0.7), plain)
+
+
+def test_the_ratio_embedding_saturates_for_large_guidance():
+    outs = {}
+    for embedding in sit.GUIDANCE_EMBEDDINGS:
+        model = sit.SiT(**SMALL, guidance_embedding=embedding)
+        params = _random_params(model)
+        outs[embedding] = [
+            model.apply({'params': params}, *_inputs(w=w)) for w in (0.0, 100.0, 200.0)
+        ]
+    np.testing.assert_array_equal(outs['scale'][0], outs['ratio'][0])
+    change = {name: jnp.abs(b - a).max() for name, (_, a, b) in outs.items()}
+    assert change['ratio'] < 0.1 * change['scale']
+
+
+def test_the_velocity_head_shares_a_trunk():
+    model = sit.SiT(**SMALL, velocity_head=2)
+    params = _random_params(model)
+    stacks = {n: p['qkv']['bias'].shape[0] for n, p in params.items() if 'blocks' in n}
+    assert stacks == {'blocks': 1, 'mean_blocks': 2, 'velocity_blocks': 2}
+    inputs = _inputs(d=0.5, w=1.0)
+    mean = model.apply({'params': params}, *inputs)
+    both = model.apply({'params': params}, *inputs, with_velocity=True)
+    np.testing.assert_array_equal(both[0], mean)
+    assert mean.shape == both[1].shape and jnp.abs(both[1] - mean).max() > 1e-3
+
+    def norms(output):
+        loss = lambda p: jnp.sum(
+            model.apply({'params': p}, *inputs, with_velocity=True)[output] ** 2
+        )
+        gradient = jax.grad(loss)(params)
+        return {n: float(jnp.abs(gradient[n]['qkv']['bias']).max()) for n in stacks}
+
+    mean, velocity = norms(0), norms(1)
+    assert mean['velocity_blocks'] == 0 == velocity['mean_blocks']
+    assert min(mean['blocks'], velocity['blocks']) > 0
+    # Without the head, the same network.
+    whole = sit.SiT(**SMALL)
+    joined = {
+        k: v for k, v in params.items() if 'velocity' not in k and k != 'mean_blocks'
+    }
+    joined['blocks'] = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]), params['blocks'], params['mean_blocks']
+    )
+    np.testing.assert_allclose(
+        whole.apply({'params': joined}, *inputs), both[0], atol=1e-4
+    )
+
+
 def test_output_is_continuous_in_w_and_differs_between_step_sizes():
     model = sit.SiT(**SMALL)
     params = _random_params(model)

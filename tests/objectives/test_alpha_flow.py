@@ -32,7 +32,7 @@ def test_alpha_flow_of_the_exact_map():
     """Steps of the network give exact targets; alpha = 1/2 is the shortcut target."""
     inputs = moving_inputs()
     x, t, d, w, label = inputs
-    exact = flow(None, *inputs)
+    exact = flow(None, *inputs.arguments())
     velocity = FLOW.velocity(x, t, w, label)
 
     def error(alpha, direction, velocity=velocity):

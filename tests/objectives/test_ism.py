@@ -333,3 +333,148 @@ def test_ism_targets_of_the_exact_guided_map():
     coarse, finest = zip(*map(errors, (64, 128)), strict=True)
     assert max(coarse) < 1e-4 < finest[1]
     assert 1.5 < finest[0] / finest[1] < 2.7
+
+
+class _Calls:
+    """Records the calls of a network that may take an interval."""
+
+    def __init__(self, objective, batch, key=0):
+        self.calls, self.errors = [], []
+
+        def apply(params, x, t, d, w, label, interval=None):
+            self.calls.append((params, x, t, d, w, label, interval))
+            start = 0.0 if interval is None else interval[:, 0] - 2 * interval[:, 1]
+            return _network(params, x, t + w * start, d, w, label)
+
+        def distance(error):
+            self.errors.append(error)
+            return jnp.mean(error**2, axis=(1, 2, 3)), {}
+
+        self.loss, self.metrics = objective(
+            apply, 1.0, 2.0, batch, jax.random.key(key), distance=distance, progress=0.0
+        )
+        self.student = self.calls[-1][1:]
+
+    def part(self, number):
+        return [_take(a, (2, 1, 1), number) for a in self.student if a is not None]
+
+
+def test_the_guided_target_uses_the_network_at_w():
+    batch = _batch()
+    record = _Calls(_objective(guidance_target='guided'), batch)
+    _, guided, _ = _parts(batch)
+    x, t, d, w, label = record.part(1)
+    null = np.full_like(label, NULL)
+    difference = _network(2.0, x, t, d, w, label) - _network(2.0, x, t, d, 0 * w, null)
+    acting = np.where(t >= 0.3, w / (1 + w), 0.0)[:, None, None, None]
+    target = (batch.data - batch.noise)[guided] + acting * difference
+    error = _network(1.0, x, t, d, w, label) - target
+    np.testing.assert_allclose(record.errors[1], error, atol=1e-4)
+
+
+def test_the_interval_is_an_input_and_bounds_the_guidance():
+    batch = _batch(256)
+    objective = _objective(interval='input')
+    assert objective.conditions_on_interval
+    assert objective.model_options == {'interval_input': True}
+    record = _Calls(objective, batch)
+    assert all(call[6] is not None for call in record.calls)
+    x, t, d, w, label, interval = record.part(1)
+    start, end = interval.T
+    assert (start < 0.5).all() and (end > 0.5).all() and start.std() > 0.1
+    network = lambda params, w, label: _network(
+        params, x, t + w * (start - 2 * end), d, w, label
+    )
+    difference = network(2.0, 0 * w, label) - network(2.0, 0 * w, 0 * label + NULL)
+    acting = np.where((t >= start) & (t <= end), w, 0.0)
+    assert 0.2 < (acting == 0).mean() < 0.8
+    _, guided, _ = _parts(batch)
+    target = (batch.data - batch.noise)[guided]
+    error = network(1.0, w, label) - target - acting[:, None, None, None] * difference
+    np.testing.assert_allclose(record.errors[1], error, atol=1e-4)
+    # The teacher of a step has the same interval as the student.
+    *_, second = record.calls[-2]
+    np.testing.assert_array_equal(second, record.part(2)[-1])
+
+
+def test_null_labels_are_trained_without_guidance_in_all_terms():
+    batch = _batch(256)
+    record = _Calls(_objective(null_share=0.3), batch)
+    for number in (1, 2):
+        dropped = record.part(number)[4] == NULL
+        assert 0.15 < dropped.mean() < 0.45
+    x, t, d, w, label = record.part(1)
+    _, guided, _ = _parts(batch)
+    error = _network(1.0, x, t, d, w, label) - (batch.data - batch.noise)[guided]
+    null = label == NULL
+    np.testing.assert_allclose(record.errors[1][null], error[null], atol=1e-5)
+    assert (_Calls(_objective(), batch).part(1)[4] != NULL).all()
+
+
+@pytest.mark.parametrize('draw, median', [('uniform', 1.75), ('log_uniform', 1.12)])
+def test_guidance_scales_are_drawn_continuously(draw, median):
+    record = _Calls(_objective(guidance_draw=draw), _batch(1024))
+    for number in (1, 2):
+        w = record.part(number)[3]
+        assert 0 <= w.min() and w.max() <= 3.5 and len(set(w.tolist())) > 250
+        assert np.median(w) == pytest.approx(median, abs=0.3)
+
+
+def test_errors_are_weighted_by_guidance_and_step_size():
+    batch = _batch()
+    weighted = _Calls(_objective(guidance_power=2.0, step_power=0.5), batch)
+    squares = [np.mean(e**2, axis=(1, 2, 3)) for e in weighted.errors]
+    expected = squares[0].mean()
+    w = weighted.part(1)[3]
+    expected += (squares[1] / (1 + w) ** 2).mean()
+    d, w = weighted.part(2)[2:4]
+    expected += (squares[2] * np.sqrt(d) / (1 + w) ** 2).mean()
+    np.testing.assert_allclose(weighted.loss, expected, rtol=1e-5)
+
+
+def test_times_may_be_logit_normal():
+    options = dict(time_draw='logit_normal', time_mean=1.0, time_std=0.5)
+    record = _Calls(_objective(**options), _batch(1024))
+    for number in (0, 1):
+        t = record.part(number)[1]
+        logit = np.log(t / (1 - t))
+        assert logit.mean() == pytest.approx(1.0, abs=0.1)
+        assert logit.std() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize('consistency', ['derivative', 'difference'])
+def test_continuous_consistency_draws_every_step(consistency):
+    batch = _batch(1024)
+    objective = _objective(consistency=consistency)
+    assert not objective.dyadic and objective.min_batch == 4
+    record = _Calls(objective, batch)
+    _, t, d, w, label = record.part(2)
+    assert (t >= 0).all() and (d > 0).all() and (t + d <= 1).all()
+    assert len(set(d.tolist())) == len(d)
+    assert d.mean() == pytest.approx(1 / 3, abs=0.05)
+    counts = sum(v for k, v in record.metrics.items() if 'consistency_samples' in k)
+    assert 0.95 * len(d) < counts <= len(d)  # The rest is shorter than 1 / 64.
+
+
+@pytest.mark.parametrize(
+    'consistency, tolerance', [('derivative', 5e-5), ('difference', 1e-2)]
+)
+def test_the_exact_map_is_the_target_of_continuous_consistency(consistency, tolerance):
+    """At any t, d and w, in contrast to the bootstrap with its finest step."""
+    objective = ism.Objective(
+        num_classes=8,
+        batch_split=(0, 0, 1),
+        guidance_interval=0.0,
+        consistency=consistency,
+    )
+    recorded = []
+
+    def distance(error):
+        recorded.append(np.abs(error).max())
+        return square(error)
+
+    key = jax.random.key(1)
+    options = dict(distance=distance, progress=0.0)
+    batch = batch_of(jax.random.key(0), 512)
+    objective(flow, None, None, batch, key, **options)
+    assert recorded[0] < tolerance

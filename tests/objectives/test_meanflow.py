@@ -16,7 +16,7 @@ def test_meanflow_target_of_the_exact_map(w):
     inputs = moving_inputs()
     apply = guided(w)
     velocity = FLOW.velocity(inputs.x, inputs.t, jnp.full(64, w), inputs.label)
-    exact = apply(None, *inputs)
+    exact = apply(None, *inputs.arguments())
     target = objective.mean_velocity_target(apply, None, inputs, velocity, 0.0)
     np.testing.assert_allclose(target, exact, atol=2e-5)
     assert jnp.abs(exact - velocity).max() > 0.3  # The derivative is needed.

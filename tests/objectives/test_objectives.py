@@ -12,10 +12,12 @@ from ideal_networks import (
     guided,
     guided_from,
     guided_in_steps,
+    guided_inside,
     plain,
     square,
     to_the_end,
     unscaled,
+    with_head,
 )
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from ism_jax.objectives import (
     alpha_flow,
     consistency,
     flow_matching,
+    imf,
     imm,
     ism,
     meanflow,
@@ -63,7 +66,7 @@ def test_batches_and_guidance_are_consistent(name):
 # Data of one point per class: paths are the flow, so every loss is exactly zero.
 
 
-def _to_a_point(params, x, t, d, w, label):
+def _to_a_point(params, x, t, d, w, label, *interval):
     """All data are the class mean, so v = (mu - x) / (1 - t) on the path of x."""
     mean = jnp.asarray(FLOW.means, jnp.float32)[label]
     return (1 + params) * (mean - x) / expand(1 - t)
@@ -75,6 +78,16 @@ POINT_OBJECTIVES = {
         NULL, label_dropout=0.0, guidance=0.0, target_clip=float('inf')
     ),
     'ism': ism.Objective(NULL, label_dropout=0.0, intrinsic_guidance=False),
+    'ism derivative': ism.Objective(
+        NULL, label_dropout=0.0, intrinsic_guidance=False, consistency='derivative'
+    ),
+    'ism difference': ism.Objective(
+        NULL, label_dropout=0.0, intrinsic_guidance=False, consistency='difference'
+    ),
+    'imf': imf.Objective(NULL, label_dropout=0.0, guidance_max=0.0),
+    'imf boundary': imf.Objective(
+        NULL, label_dropout=0.0, guidance_max=0.0, tangent='boundary'
+    ),
     'meanflow': meanflow.Objective(NULL, label_dropout=0.0, guidance=0.0),
     'alpha_flow': alpha_flow.Objective(NULL, label_dropout=0.0, guidance=0.0),
     'consistency': consistency.Objective(NULL),
@@ -82,10 +95,11 @@ POINT_OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize('name', objectives.names())
+@pytest.mark.parametrize('name', [*POINT_OBJECTIVES])
 def test_loss_vanishes_on_straight_paths(name):
+    assert {*objectives.names()} <= {*POINT_OBJECTIVES}
     objective = POINT_OBJECTIVES[name]
-    network = _to_a_point
+    network = with_head(_to_a_point)
     if name == 'imm':
 
         def network(params, x, t, d, w, label):
@@ -118,11 +132,13 @@ def _gradients(objective, ideal, wrong, *, progress=0.99, calls=48, size=1024):
     means = jnp.asarray(np.concatenate([FLOW.means, 0 * FLOW.means[:1]]), jnp.float32)
 
     def loss(params, target_params, is_wrong, key):
-        def apply(params, x, t, d, w, label):
+        def network(params, x, t, d, w, label, *interval):
             along, toward = params @ jnp.stack([jnp.ones_like(t), t, d, w / 4])
             features = expand(along) * x + expand(toward) * means[label]
-            inputs = None, x, t, d, w, label
+            inputs = None, x, t, d, w, label, *interval
             return jnp.where(is_wrong, wrong(*inputs), ideal(*inputs)) + features
+
+        apply = with_head(network)
 
         key_batch, key = jax.random.split(key)
         batch = batch_of(key_batch, size)
@@ -161,6 +177,37 @@ STATIONARY = {
     # The wrong network is guided from another time.
     'ism': _case(
         ism.Objective(NULL, guidance_interval=0.3), guided_from(0.3), guided_from(0.0)
+    ),
+    'ism derivative': _case(
+        ism.Objective(NULL, consistency='derivative', guidance_max=2.0),
+        guided_from(0.3),
+        guided_from(0.0),
+    ),
+    'ism difference': _case(
+        ism.Objective(NULL, consistency='difference', guidance_max=2.0),
+        guided_from(0.3),
+        guided_from(0.0),
+    ),
+    'ism guided target': _case(
+        ism.Objective(
+            NULL,
+            guidance_target='guided',
+            guidance_draw='log_uniform',
+            guidance_power=1.0,
+            null_share=0.2,
+            step_power=0.5,
+            time_draw='logit_normal',
+        ),
+        guided_from(0.3),
+        guided_from(0.0),
+    ),
+    'ism interval': _case(
+        ism.Objective(NULL, interval='input', guidance_max=2.0), guided_inside
+    ),
+    'imf': _case(imf.Objective(NULL, guidance_max=2.0, norm_power=0.0), guided_inside),
+    'imf boundary': _case(
+        imf.Objective(NULL, guidance_max=2.0, norm_power=0.0, tangent='boundary'),
+        guided_inside,
     ),
     # No adaptive weight: for the null label, x and v have the right covariance, which
     # is enough without it, but are not jointly normal.

@@ -20,6 +20,7 @@ from ism_jax.objectives import (
     alpha_flow,
     consistency,
     flow_matching,
+    imf,
     imm,
     ism,
     meanflow,
@@ -36,8 +37,7 @@ def _sample(objective, network, steps, w=0.0, size=512):
     noise = jax.random.normal(keys[0], (size, *SHAPE))
     label = jax.random.randint(keys[1], (size,), 0, NULL)
     guidance = jnp.full((size,), w)
-    finest = objective.base_steps
-    times = time_grid.times_and_sizes(time_grid.dyadic_schedule(steps, finest), finest)
+    times = time_grid.times_and_sizes(objective.schedule(steps))
     sample = jax.jit(
         lambda scale: objective.sample(
             lambda scale, *inputs: scale * network(None, *inputs),
@@ -62,12 +62,18 @@ DETERMINISTIC = {
     'ism': (ism.Objective(NULL, guidance_interval=0.0), FLOW.apply, 2.0),
     'meanflow': (meanflow.Objective(NULL, guidance=1.0), guided(1.0), 1.0),
     'alpha_flow': (alpha_flow.Objective(NULL, guidance=1.0), guided(1.0), 1.0),
+    'imf': (imf.Objective(NULL), FLOW.apply, 2.0),
     'imm': (_IMM, unscaled(_IMM), 0.0),
+    'ism derivative': (
+        ism.Objective(NULL, guidance_interval=0.0, consistency='derivative'),
+        FLOW.apply,
+        2.0,
+    ),
 }
 
 
 @pytest.mark.parametrize('name', DETERMINISTIC)
-@pytest.mark.parametrize('steps', [1, 2, 4])
+@pytest.mark.parametrize('steps', [1, 2, 3, 4])
 def test_samplers_follow_the_exact_map(name, steps):
     objective, network, w = DETERMINISTIC[name]
     low, high = objective.guidance_range
@@ -75,6 +81,19 @@ def test_samplers_follow_the_exact_map(name, steps):
     sample, wrong, exact, _ = _sample(objective, network, steps, w)
     np.testing.assert_allclose(sample, exact, atol=5e-5)
     assert np.abs(wrong - exact).max() > 0.02
+
+
+@pytest.mark.parametrize('name', ['imf', 'ism derivative'])
+def test_methods_of_all_steps_sample_with_any_schedule(name):
+    objective, network, w = DETERMINISTIC[name]
+    for schedule in ((0.6, 0.4), (0.1, 0.2, 0.7)):
+        sample, wrong, exact, _ = _sample(objective, network, schedule, w)
+        np.testing.assert_allclose(sample, exact, atol=5e-5)
+        assert np.abs(wrong - exact).max() > 0.02
+    assert objective.schedule(3) == (1 / 3,) * 3
+    assert ism.Objective(NULL).schedule(3) == (0.5, 0.25, 0.25)
+    with pytest.raises(ValueError, match='size 0.6, which is not one of'):
+        ism.Objective(NULL).schedule((0.6, 0.4))
 
 
 FINEST = {

@@ -61,6 +61,26 @@ def test_one_network_call_per_step_with_its_inputs():
     np.testing.assert_array_equal(calls[0][3], [3, 1, 2, 0])
 
 
+def test_the_guidance_interval_is_passed_where_the_network_takes_it():
+    def apply(params, x, t, d, w, label, interval):
+        return 0 * x + (interval[:, 0] + 10 * interval[:, 1])[:, None, None, None]
+
+    objective = ism.Objective(num_classes=10, interval='input', guidance_interval=0.25)
+    sampler = Sampler(objective, apply, SHAPE, batch_size=4)
+    options = dict(guidance=1.0, schedule=2)
+
+    def draw(**interval):
+        batches = sampler.batches(
+            0.0, jax.random.key(0), range(6), **options, **interval
+        )
+        return np.concatenate([images for images, _ in batches]) - _noise(6)
+
+    np.testing.assert_allclose(draw(), 10.25, atol=1e-5)
+    np.testing.assert_allclose(draw(interval=(0.5, 0.75)), 8.0, atol=1e-5)
+    final = sampler.final(0.0, _noise(2), [0, 1], **options, interval=(0.5, 0.75))
+    np.testing.assert_allclose(final - _noise(2), 8.0, atol=1e-5)
+
+
 def test_noise_belongs_to_the_sample_not_to_the_batch():
     def apply(params, x, t, d, w, label):
         return params + 0 * x
