@@ -42,6 +42,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     'data.prefetch': (2, 'number of pools read ahead'),
     'data.retry_seconds': (60.0, 'how long to retry an image that the file system cannot read'),
 
+    'model.backbone': ('sit', "'sit', or 'in_context': conditions as tokens, RMS norm, SwiGLU, rotary positions"),
     'model.hidden_size': (_XL2['hidden_size'], 'width of the transformer; the sizes are those of SiT-XL/2'),
     'model.depth': (_XL2['depth'], 'number of transformer blocks'),
     'model.num_heads': (_XL2['num_heads'], 'attention heads per block'),

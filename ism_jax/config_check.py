@@ -40,6 +40,7 @@ RULES = {
     'data.num_threads': _at_least(1),
     'data.prefetch': _at_least(1),
     'data.retry_seconds': _at_least(0),
+    'model.backbone': _one_of('sit', 'in_context'),
     'model.patch_size': _at_least(1),
     'model.hidden_size': (
         'at least 4 and a multiple of 4, for the 2-D sin-cos positions',
@@ -294,6 +295,13 @@ def _model_problems(c) -> Iterator[str]:
         yield (
             f'model.velocity_head = {c.model.velocity_head} must be less than '
             f'model.depth = {c.model.depth}, so that the outputs share a block'
+        )
+    odd = c.model.hidden_size // c.model.num_heads % 2
+    if c.model.backbone == 'in_context' and odd:
+        yield (
+            f'model.num_heads = {c.model.num_heads} divides model.hidden_size = '
+            f'{c.model.hidden_size} into heads of odd width, but rotary positions '
+            'rotate pairs of channels; choose an even width'
         )
     if c.model.mlp_ratio * c.model.hidden_size < 1:
         yield (

@@ -224,9 +224,9 @@ def summary(experiment: Experiment, workdir) -> list[str]:
     count = sit.num_parameters(model, experiment.image_shape)
     memory = sum(bytes_per_device(experiment).values())
     return [
-        f'network:   SiT, {count:,} parameters, width {model.hidden_size}, '
-        f'{model.depth} layers, {model.num_heads} heads, patch {model.patch_size}, '
-        f'{model.dtype}',
+        f'network:   {type(model).__name__}, {count:,} parameters, width '
+        f'{model.hidden_size}, {model.depth} layers, {model.num_heads} heads, patch '
+        f'{model.patch_size}, {model.dtype}',
         f'devices:   {mesh.size} x {mesh.devices.flat[0].device_kind}, '
         f'mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}',
         f'data:      {experiment.source!r}',

@@ -16,10 +16,12 @@ from ism_jax.data.source import Source
 from ism_jax.evaluation.sample_scorer import SampleScorer, score_settings
 from ism_jax.interchange import autoencoder_weights
 from ism_jax.method import loss_distance, random_streams, wavelet
-from ism_jax.models import sit
+from ism_jax.models import in_context, sit
 from ism_jax.runtime import sharding
 from ism_jax.sampling.sampler import Sampler
 from ism_jax.training import checkpoint, optimizer, paired_pool, train_state, train_step
+
+BACKBONES = {'sit': sit.SiT, 'in_context': in_context.InContext}
 
 
 class Experiment:
@@ -305,7 +307,9 @@ def make_source(config) -> Source:
 
 def make_model(config, num_classes: int, mesh=None) -> sit.SiT:
     """The network that the config describes; its activations are split over `mesh`."""
-    return sit.SiT(num_classes=num_classes, mesh=mesh, **config.model)
+    options = config.model.to_dict()
+    backbone = BACKBONES[options.pop('backbone')]
+    return backbone(num_classes=num_classes, mesh=mesh, **options)
 
 
 def pool_shardings(mesh) -> paired_pool.Pool:

@@ -109,6 +109,12 @@ def test_normalisation_of_latents_is_whole(std):
         ('imf', {'model.velocity_head': 0}, 'model.velocity_head = 0 does not fit'),
         ('imf', {'model.velocity_head': 28}, 'must be less than model.depth = 28'),
         ('imf', {'objective.tangent': 'boundary'}, 'set it to 0'),
+        (
+            'imf',
+            {'model.backbone': 'in_context', 'model.hidden_size': 36 * 3}
+            | {'model.num_heads': 36},
+            'heads of odd width',
+        ),
         ('imf', {'objective.batch_split': (4, 0)}, 'objective.batch_split'),
         ('imf', {'objective.guidance_max': -1.0}, 'objective.guidance_max = -1.0'),
         ('alpha_flow', {'objective.anneal_end': 0.0}, 'objective.anneal_start = 0.0'),

@@ -39,6 +39,7 @@ WORDS = {
     'model.dtype': ('float32', 'bfloat16', 'float16'),
     'model.remat': tuple(sit.REMAT_POLICIES),
     'model.attention': tuple(sit.ATTENTION_IMPLEMENTATIONS),
+    'model.backbone': ('sit', 'in_context'),
     'model.guidance_embedding': tuple(sit.GUIDANCE_EMBEDDINGS),
     'objective.consistency': ('bootstrap', 'derivative', 'difference'),
     'objective.guidance_draw': ('grid', 'uniform', 'log_uniform'),

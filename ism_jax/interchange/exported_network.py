@@ -36,6 +36,7 @@ FUNCTION_FIELDS = (
     'depth',
     'mlp_ratio',
     'step_embedding',
+    'guidance_embedding',
 )
 
 

@@ -15,6 +15,7 @@ conditioning features and the output are float32.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import chex
@@ -215,6 +216,7 @@ class SiT(nn.Module):
     interval_input: bool = False
     velocity_head: int = 0
     mesh: jax.sharding.Mesh | None = None
+    block = Block
 
     @nn.compact
     def __call__(self, x, t, d, w, label, interval=None, with_velocity=False):
@@ -233,7 +235,7 @@ class SiT(nn.Module):
         Returns:
           [B, H, H, C] float32, or two of them.
         """
-        image_shape = batch, side, _, channels = x.shape
+        shape = batch, side, _, channels = x.shape
         chex.assert_shape(x, (batch, side, side, channels))
         dtype = jnp.dtype(self.dtype)
         grid, patch = side // self.patch_size, self.patch_size
@@ -242,29 +244,33 @@ class SiT(nn.Module):
         x = x.reshape(batch, grid, patch, grid, patch, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid**2, patch**2 * channels)
         x = _dense(self.hidden_size, 'patch_embedding', dtype)(x.astype(dtype))
-        x = x + position_embedding(self.hidden_size, grid)[None].astype(dtype)
-
-        condition = self._condition(t, d, w, label, interval)
-        condition = sharding.constrain_batch(condition, self.mesh)
-        condition = nn.silu(condition).astype(dtype)
+        x, condition = self._embed(x, t, d, w, label, interval)
 
         shared = self.depth - self.velocity_head
         x = mean = self._stack('blocks', shared)(x, condition)
         if self.velocity_head:
             mean = self._stack('mean_blocks', self.velocity_head)(x, condition)
-        mean = self._image(mean, condition, 'final', image_shape)
+        mean = self._image(mean, condition, 'final', shape)
         if not with_velocity:
             return mean
         x = self._stack('velocity_blocks', self.velocity_head)(x, condition)
-        return mean, self._image(x, condition, 'velocity_final', image_shape)
+        return mean, self._image(x, condition, 'velocity_final', shape)
+
+    def _embed(self, x, t, d, w, label, interval):
+        """Tokens of the patches [B, T, hidden_size], and what conditions the blocks."""
+        dtype = jnp.dtype(self.dtype)
+        side = math.isqrt(x.shape[1])
+        x = x + position_embedding(self.hidden_size, side)[None].astype(dtype)
+        condition = self._condition(t, d, w, label, interval)
+        condition = sharding.constrain_batch(condition, self.mesh)
+        return x, nn.silu(condition).astype(dtype)
 
     def _stack(self, name, length):
         """`length` blocks as a function of tokens and condition."""
-        block = Block
+        block = self.block
         if self.remat != 'none':
-            block = nn.remat(
-                Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
-            )
+            policy = REMAT_POLICIES[self.remat]
+            block = nn.remat(block, prevent_cse=False, policy=policy)
         blocks = nn.scan(
             block,
             variable_axes={'params': 0},
@@ -284,62 +290,80 @@ class SiT(nn.Module):
 
     def _image(self, x, condition, name, shape):
         """The last layer: tokens to an image [B, H, H, C] float32."""
-        batch, side, _, channels = shape
-        patch, dtype = self.patch_size, jnp.dtype(self.dtype)
-        grid = side // patch
+        dtype = jnp.dtype(self.dtype)
         modulation = _zero_dense(2 * self.hidden_size, f'{name}_modulation', dtype)
         shift, scale = jnp.split(modulation(condition), 2, axis=-1)
         x = _modulate(_layer_norm(x, dtype), shift, scale)
-        x = _zero_dense(patch**2 * channels, name, dtype)(x)
+        return self._unpatch(x, name, shape)
+
+    def _unpatch(self, x, name, shape):
+        """A zero-initialised linear layer to patches, joined to an image."""
+        batch, side, _, channels = shape
+        grid, patch = side // self.patch_size, self.patch_size
+        x = _zero_dense(patch**2 * channels, name, jnp.dtype(self.dtype))(x)
         x = x.reshape(batch, grid, grid, patch, patch, channels)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(shape).astype(jnp.float32)
 
     def _condition(self, t, d, w, label, interval):
         """Sum of the embeddings of all conditions, [B, hidden_size] float32."""
-        classes = nn.Embed(
+        condition = self._time(t) + self._class(label) + self._step(d)
+        guidance = self._guidance(w)
+        if self.interval_input:
+            guidance += sum(self._interval(w, interval))
+        return condition + guidance
+
+    def _class(self, label):
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(
             self.num_classes + 1,
             self.hidden_size,
-            embedding_init=nn.initializers.normal(0.02),
+            embedding_init=init,
             name='class_embedding',
-        )
-        condition = ScalarEmbedding(self.hidden_size, name='time_embedding')(
-            t * self.time_scale
-        ) + classes(label)
+        )(label)
+
+    def _time(self, t):
+        embedding = ScalarEmbedding(self.hidden_size, name='time_embedding')
+        return embedding(t * self.time_scale)
+
+    def _step(self, d):
+        """Embedding of the step size, 0 where d = 0."""
         if self.step_embedding == 'size':
             step = ScalarEmbedding(
                 self.hidden_size, zero_init=True, name='step_embedding'
             )
-            condition += d[:, None] * step(d * self.time_scale)
-        else:
-            # Row k is for d = 2^-k. A table instead of sinusoids: over so few levels
-            # most sinusoids are constant, so their updates add up (to about a hundred
-            # learning rates per step) and the embedding outgrows that of the class.
-            table = nn.Embed(
-                MAX_LEVELS,
-                self.hidden_size,
-                embedding_init=nn.initializers.zeros,
-                name='step_embedding',
-            )
-            level = jnp.round(-jnp.log2(jnp.where(d > 0, d, 1.0))).astype(jnp.int32)
-            condition += jnp.where(d[:, None] > 0, table(level), 0.0)
-        return condition + self._guidance(w, interval)
+            return d[:, None] * step(d * self.time_scale)
+        # Row k is for d = 2^-k. A table instead of sinusoids: over so few levels most
+        # sinusoids are constant, so their updates add up (to about a hundred learning
+        # rates per step) and the embedding outgrows that of the class.
+        table = nn.Embed(
+            MAX_LEVELS,
+            self.hidden_size,
+            embedding_init=nn.initializers.zeros,
+            name='step_embedding',
+        )
+        level = jnp.round(-jnp.log2(jnp.where(d > 0, d, 1.0))).astype(jnp.int32)
+        return jnp.where(d[:, None] > 0, table(level), 0.0)
 
-    def _guidance(self, w, interval):
-        """Embedding of the guidance scale and its interval, 0 where w = 0."""
+    def _guidance(self, w):
+        """Embedding of the guidance scale, 0 where w = 0."""
+        return self._guided_embedding('guidance_embedding', w, self._strength(w))
 
-        def embed(name, value):
-            embedding = ScalarEmbedding(self.hidden_size, zero_init=True, name=name)
-            return embedding(value * GUIDANCE_SCALE)
+    def _interval(self, w, interval):
+        """Embeddings of the start and the end of guidance, 0 where w = 0."""
+        if interval is None:
+            interval = jnp.tile(jnp.array([[0.0, 1.0]]), (w.shape[0], 1))
+        return [
+            self._guided_embedding(f'interval_{name}_embedding', w, interval[:, column])
+            for column, name in enumerate(('start', 'end'))
+        ]
 
-        if self.guidance_embedding == 'ratio':
-            w = w / (1 + w)
-        embedded = embed('guidance_embedding', w)
-        if self.interval_input:
-            if interval is None:
-                interval = jnp.tile(jnp.array([[0.0, 1.0]]), (w.shape[0], 1))
-            embedded += embed('interval_start_embedding', interval[:, 0])
-            embedded += embed('interval_end_embedding', interval[:, 1])
-        return w[:, None] * embedded
+    def _strength(self, w):
+        return w / (1 + w) if self.guidance_embedding == 'ratio' else w
+
+    def _guided_embedding(self, name, w, value):
+        """Embedding of a value, times the guidance."""
+        embedding = ScalarEmbedding(self.hidden_size, zero_init=True, name=name)
+        return self._strength(w)[:, None] * embedding(value * GUIDANCE_SCALE)
 
 
 def num_parameters(model: SiT, image_shape: tuple[int, int, int]) -> int:
