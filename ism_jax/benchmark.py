@@ -8,7 +8,7 @@ compilation, the memory, the utilisation of the devices (relative to a large mat
 product of the same type), and the effect of changes to the config. The second times the
 frozen networks with random weights: the autoencoder, and those that score samples.
 
-All candidates are timed once per round, so that a drift of the machine's speed affects
+All candidates are timed once per round, so that a drift in the machine's speed affects
 them equally. Times are medians over the rounds. The ratio to the first row is the
 median of the rounds' ratios, with their interquartile range.
 """
@@ -59,7 +59,7 @@ def measure(config, rounds: int, changes: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
       config: config of a run.
-      rounds: times that each candidate is timed.
+      rounds: timings of each candidate.
       changes: 'field=value'; the train step with each change is timed too.
 
     Returns:
@@ -124,7 +124,7 @@ def flow_matching(config):
 
 
 def variant(experiment: Experiment, config) -> Experiment:
-    """The experiment of another config, on the same devices and data."""
+    """An experiment with another config, on the same devices and data."""
     return Experiment(config, mesh=experiment.mesh, source=experiment.source)
 
 
@@ -216,8 +216,8 @@ def parts_of_a_pool(
 ) -> dict[str, Callable]:
     """Transport and input of a pool, each as a function without arguments.
 
-    `loader` reads pools ahead, as in training; `seeking_loader` skips what it reads
-    ahead.
+    `loader` prefetches pools, as in training; `seeking_loader` discards what it
+    prefetched.
     """
     candidates = {}
     if experiment.coupling is not None:
@@ -327,7 +327,7 @@ def measure_networks(
       image_size: side of the images.
       batch_size: images per call.
       dtype: dtype of the autoencoder's computation; the others compute in float32.
-      rounds: times that each network is timed.
+      rounds: timings of each network.
 
     Returns:
       Records with `name`, `images_per_second` and `teraflops`.
@@ -389,11 +389,11 @@ def format_measured(measured: dict[str, Any]) -> str:
     lines += [
         '',
         f'{measured["images_per_second"]:.1f} images/s; '
-        f'{measured["flops_per_step"] / 1e12:.3g} TFLOP in a step, '
+        f'{measured["flops_per_step"] / 1e12:.3g} TFLOP per step, '
         f'{measured["utilisation"]:.1%} of the {measured["ceiling_tflops"]:.3g} '
         'TFLOP/s that a matrix product reaches on each device',
         f'compiled in {measured["compile_seconds"]:.1f} s; '
-        + ('memory unknown' if size is None else f'{size / 2**30:.2f} GiB on a device'),
+        + ('memory unknown' if size is None else f'{size / 2**30:.2f} GiB per device'),
     ]
     return '\n'.join(lines)
 
@@ -424,7 +424,7 @@ def run_flags() -> None:
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     command_line.define_config_flag()
-    flags.DEFINE_integer('rounds', 10, 'Times that each candidate is timed.')
+    flags.DEFINE_integer('rounds', 10, 'Timings of each candidate.')
     flags.DEFINE_string('out', '', 'JSON file to write the records to.')
     flags.DEFINE_multi_string(
         'change', [], "'field=value': also times the train step with this change."

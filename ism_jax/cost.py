@@ -89,7 +89,7 @@ def bytes_per_device(experiment: Experiment) -> dict[str, int]:
     kept = activation_bytes(experiment)
     sizes['kept for the backward pass'] = math.ceil(kept * batch / mesh.size)
     pool = experiment.pool_batches * config.train.batch_size
-    values = math.prod(experiment.image_shape) + 2  # And label and noise number.
+    values = math.prod(experiment.image_shape) + 2  # Plus label and noise index.
     sizes['pool'] = math.ceil(pool * values * 4 / mesh.size)
     return sizes
 
@@ -151,7 +151,7 @@ def step_flops(experiment: Experiment) -> int:
 
 
 def _smallest_batch(experiment: Experiment) -> int:
-    """The smallest batch that splits into the same shares as the whole one."""
+    """The smallest batch that splits in the same proportions as the full one."""
     objective, size = experiment.objective, experiment.config.train.batch_size
     multiple = objective.batch_multiple
     options = range(multiple, size + 1, multiple)
@@ -199,7 +199,7 @@ def check_memory(experiment: Experiment) -> None:
         raise ValueError(
             f'parameters, optimizer and EMAs need {needed / 2**30:.1f} GiB, but '
             f'{owner} {limit / 2**30:.1f}: make model.hidden_size, model.depth or '
-            'model.mlp_ratio smaller, or divide them over more devices with mesh.fsdp'
+            'model.mlp_ratio smaller, or shard them over more devices with mesh.fsdp'
         )
 
 
@@ -243,7 +243,7 @@ def count_flops(function: Callable, *args) -> int:
     """FLOPs of one call; `args` are arrays or their `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: there are products in a loop of unknown length.
+      ValueError: a loop of unknown length contains matrix products.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -268,7 +268,7 @@ def _count(jaxpr) -> int:
             total += max(inner)
         elif name == 'while' and sum(inner):
             raise ValueError(
-                'there are products in a while loop of unknown length; count a '
+                'a while loop of unknown length contains matrix products; count a '
                 'function without it'
             )
         else:

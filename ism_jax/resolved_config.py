@@ -1,4 +1,4 @@
-"""A config file that reads a resolved config, as a run's `config.json` holds it.
+"""A config file that reads a resolved config, such as a run's `config.json`.
 
 python -m ism_jax.train --config ism_jax/resolved_config.py:FOLDER/config.json
 """

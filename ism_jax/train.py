@@ -52,7 +52,7 @@ def train(
 ) -> train_state.TrainState:
     """Trains a config, from the latest checkpoint in `workdir` if there is one.
 
-    Leaves in `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/` and
+    Writes to `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/` and
     `scores.json`.
 
     Args:

@@ -82,7 +82,7 @@ def load_parameter_sets(workdir, network: TrainedNetwork) -> dict[str, Any]:
     Without twin EMA 'target' is missing: the inference EMA makes the targets.
 
     Raises:
-      ValueError: the folder holds the inference EMA alone.
+      ValueError: the folder holds only the inference EMA.
     """
     if not checkpoint.saved_steps(workdir):
         raise ValueError(
@@ -107,7 +107,7 @@ def _abstract_params(model, image_shape):
 
 
 def _undamaged_step(workdir, step: int | None) -> int:
-    """The given step, or the latest one whose inference EMA is as it was written."""
+    """The given step, or the latest one whose inference EMA is undamaged."""
     steps = checkpoint.saved_steps(workdir)
     if not steps or (step is not None and step not in steps):
         raise ValueError(
@@ -164,7 +164,7 @@ def check_resume(config, workdir) -> list[str]:
     """
     content = checkpoint.read_run(workdir)
     if content is None or not checkpoint.saved_steps(workdir):
-        return []  # There is no training that another config could spoil.
+        return []  # Nothing has been trained yet, so the config may change.
     old = config_lib.from_dict(content['config'])
     changes = config_check.check_resume(old, config, workdir)
     return [f'changed since the run was started: {line}' for line in changes]

@@ -5,7 +5,7 @@
 #
 # Process 0 writes to the terminal, the others to logs/ (LOGS=... chooses another folder).
 # Ctrl-C and SIGTERM reach all processes, which save and exit. If one fails, all stop, and
-# the exit code is that of the first failed process in their order. PYTHON chooses the
+# the exit code is that of the lowest-numbered one that failed. PYTHON chooses the
 # interpreter, PORT the coordinator's port.
 set -uo pipefail
 if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then

@@ -1,4 +1,4 @@
-"""Records of three recipes with three seeds, in 1 and 4 steps, as an ablation has."""
+"""Records of three recipes with three seeds, in 1 and 4 steps, as from an ablation."""
 
 
 def ladder_records():

@@ -103,7 +103,7 @@ def fashion_mnist(
 
 
 def _resize(images: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Pads evenly to k * size and averages blocks of k x k pixels, k as small as fits.
+    """Pads evenly to k * size and averages blocks of k x k pixels; k is the smallest.
 
     From uint8 [N, side, side, C] to [N, size, size, C]; `name` is for the message.
     """
@@ -111,7 +111,7 @@ def _resize(images: np.ndarray, size: int, name: str) -> np.ndarray:
     factor = -(-side // max(size, 1))
     missing = factor * size - side
     largest = math.isqrt(MAX_ARRAY_BYTES // len(images))
-    # Padding of more than a fifth of the side would be mostly border.
+    # More padding than a fifth of the side would leave too much border.
     too_wide = factor > 1 and missing > side / 5
     if size < 1 or missing % 2 or too_wide or size > largest:
         raise ValueError(

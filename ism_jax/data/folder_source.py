@@ -119,7 +119,7 @@ def _list_images(folder: Path, name: str, parents: tuple[Path, ...] = ()):
     """Yields (`name`/file with forward slashes, size in bytes), recursively."""
     real = folder.resolve()
     if real in parents:
-        return  # A link to a folder that contains it would never end.
+        return  # Following a link to a parent folder would never end.
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() and not entry.name.startswith('.'):

@@ -1,4 +1,4 @@
-"""Decoded images to 8-bit arrays: colour conversion and the centre crop of ADM."""
+"""Decoded images to 8-bit arrays: colour conversion and ADM's centre crop."""
 
 import numpy as np
 from PIL import Image

@@ -25,8 +25,8 @@ class LatentSource(source.Source):
       labels: [N] int32, of all records.
 
     Raises:
-      ValueError: the folder is not finished, its files do not match the manifest, or
-        the latents have another shape.
+      ValueError: the folder is incomplete, its files do not match the manifest, or the
+        latents have another shape.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LatentSource(source.Source):
 
         with m = 0 and s = `scaling_factor`, or the source's `mean` and 1 / `std`.
 
-        `flip` takes the posterior of the mirrored image; `random` generates epsilon.
+        `flip` selects the posterior of the mirrored image; `random` generates epsilon.
         The result is [h, w, c] float32.
         """
         noise = random.standard_normal(self.image_shape, np.float32)

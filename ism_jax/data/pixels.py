@@ -26,7 +26,7 @@ def to_uint8(images) -> np.ndarray:
     num_nan = np.count_nonzero(np.isnan(values))
     if num_nan:
         raise ValueError(
-            f'images hold {num_nan} NaN of {values.size} values: the model diverged. '
+            f'{num_nan} of {values.size} image values are NaN: the model diverged. '
             'Use an earlier checkpoint, or apply np.nan_to_num to inspect the images'
         )
     return np.rint((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -25,7 +25,7 @@ from ism_jax.diagnosis.subject import NUM_SAMPLES, Subject, step_sizes
 
 # Range of the search; proposition 1 predicts at most 17.
 MIN_SCALE, MAX_SCALE = -1.0, 64.0
-# A step of which guided small steps explain a smaller share has no effective scale.
+# If guided small steps explain less of a step, it has no effective scale.
 MIN_EXPLAINED = 0.5
 # w for networks that are not trained for a single w.
 GUIDANCE = 1.5
@@ -54,7 +54,7 @@ class EffectiveScale(NamedTuple):
     explained: float
 
     def is_clear(self) -> bool:
-        """Whether guided small steps of this scale, inside the range, explain it."""
+        """Whether the scale is inside the range and explains the step."""
         inside = MIN_SCALE + 0.01 < self.scale < 0.99 * MAX_SCALE
         return inside and self.explained >= MIN_EXPLAINED
 

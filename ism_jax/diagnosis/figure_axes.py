@@ -69,7 +69,7 @@ def draw_lines(ax, lines: Sequence[Line], labels: Sequence[Line] = ()) -> None:
     """Draws lines that end at the same x, with their names beside their last points.
 
     Names that would overlap are moved apart. `labels` are more lines that get a name
-    but are not drawn. Set the scales of the axes before.
+    but are not drawn. Set the scales of the axes first.
     """
     for line in lines:
         ax.plot(
@@ -117,7 +117,7 @@ def draw_bars(ax, names: Sequence[str], groups, texts, colours) -> None:
 
 
 def set_x_ticks(ax, values: Sequence[float], names: Sequence[str]) -> None:
-    """A logarithmic x axis with these ticks alone."""
+    """A logarithmic x axis with only these ticks."""
     ax.set_xscale('log', base=2)
     ax.set_xticks(values, names)
     ax.xaxis.set_minor_locator(ticker.NullLocator())

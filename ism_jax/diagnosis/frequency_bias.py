@@ -94,7 +94,7 @@ def diagnose(subject: Subject, num: int) -> report.Section:
     low, _ = subject.guidance_range
     images = subject.data[:num]
     frequencies, power = radial_power(images)
-    # With half as many images as the samples, the halves differ by sqrt(2) more.
+    # Each half has half as many images as the samples: sqrt(2) times the deviation.
     halves = [radial_power(images[i::2])[1] for i in (0, 1)]
     chance = np.abs(log_ratio(*halves)) / math.sqrt(2)
     high_chance = np.mean(chance[frequencies > frequencies[-1] / 2])

@@ -1,4 +1,4 @@
-"""Proposition 1: the guidance scale of large steps of perfectly trained networks.
+"""Proposition 1: the guidance scale of large steps in perfectly trained networks.
 
 A shortcut model whose targets apply guidance of scale g at every doubling (iSM, arXiv
 2510.21250, section 3),
@@ -11,10 +11,10 @@ scale g ** log2(N).
 
 *Where it is exact.* Let v(null) be affine in x, and v(c) - v(null) a function of t
 alone. By induction each s_d(c) - s_d(null) is a function of t alone too, each doubling
-multiplies it by g, and both sides are null plus g ** log2(N) times the difference of
-the unguided maps. (The paper assumes that it is constant along the path, a special
-case.) In the Gaussian flow of `ism_jax.method.gaussian_flow` that is class_std =
-data_std.
+multiplies it by g, and both sides are the null velocity plus g ** log2(N) times the
+unguided difference. (The paper assumes that the difference is constant along the path,
+a special case.) In the Gaussian flow of `ism_jax.method.gaussian_flow` that is
+class_std = data_std.
 
 *Where it is not.* With class_std < data_std the difference shrinks along a guided path.
 Small steps follow that path. A large step extrapolates from its start and does not, so
@@ -29,7 +29,7 @@ small steps need an even larger scale to reach its end. Measured at g = 1.5 by
 
 There the proposition is a lower bound, 7% and 29% below at N = 64; in the last cell no
 scale of small steps explains the whole step. With guidance in the finest targets only,
-and in iSM, the scale is 1.500 at every N from 2 on in all three.
+and in iSM, the scale is 1.500 at every N from 2 on in all three flows.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ def shortcut_velocity(field, x, t, label, null, steps, base_steps, scale, guided
     for a step as long as N finest steps. N = `steps` is a power of two.
 
     `guided` is where guidance is applied: in the targets of 'all' doublings, in those
-    of the 'finest' doubling alone (as in the official code), or in the 'velocity' of
+    of the 'finest' doubling only (as in the official code), or in the 'velocity' of
     the finest step and in no doubling (iSM).
     """
     null_label = jnp.full_like(label, null)

@@ -89,7 +89,7 @@ class FeatureNetwork:
           The outputs of the module, [N, F] float32 each.
 
         Raises:
-          ValueError: an image holds NaN, or a feature is not finite.
+          ValueError: an image contains NaN, or a feature is not finite.
         """
         images = pixels.to_uint8(images)
         chex.assert_rank(images, 4)
@@ -102,7 +102,7 @@ class FeatureNetwork:
         out = padded_batches.apply(extract, images, self.batch_size)
         if not all(np.isfinite(values).all() for values in out.values()):
             raise ValueError(
-                f'{self.name} gives features that are not finite; check its weights '
+                f'{self.name} returned features that are not finite; check its weights '
                 f'(SHA-256 {self.checksum})'
             )
         return out
@@ -117,8 +117,8 @@ def load_inception(
       path: the published weights: `pt_inception-2015-12-05-6726825d.pth` of
         pytorch-fid, or the same file as torch-fidelity names it,
         `weights-inception-2015-12-05-6726825d.pth`.
-      other_name: accepts any weights of this network under this name, with which
-        distances are not called FID. '' accepts the published file alone.
+      other_name: a name for other weights of this network, whose distances are not
+        called FID. '' accepts only the published file.
       batch_size: see `FeatureNetwork`.
 
     Returns:
@@ -131,7 +131,7 @@ def load_inception(
     published = checksum == inception_weights.PUBLISHED_SHA256
     if not published and not other_name:
         raise ValueError(
-            f'{path} is not the Inception network that FID is defined by: its SHA-256 '
+            f'{path} is not the Inception network that defines FID: its SHA-256 '
             f'is {checksum}, not {inception_weights.PUBLISHED_SHA256}. Download '
             'pt_inception-2015-12-05-6726825d.pth again (releases of pytorch-fid, '
             'fid_weights), or give other weights another name'
@@ -181,8 +181,8 @@ def load_dinov2(path, *, batch_size: int = 64) -> FeatureNetwork:
 
     Args:
       path: a folder with Hugging Face's `config.json` and `model.safetensors`, or a hub
-        id such as facebook/dinov2-large, which FD-DINOv2 is defined by. The name of
-        other sizes contains their size.
+        id such as facebook/dinov2-large, which defines FD-DINOv2. The names of other
+        sizes contain the size.
       batch_size: see `FeatureNetwork`.
 
     Returns:

@@ -14,7 +14,7 @@ class FeatureStatistics:
     """Count, mean and covariance of features, accumulated batch by batch.
 
     Accumulates deviations from the mean by the update of Chan, Golub and LeVeque
-    (1979): raw second moments would lose the digits that they share with the mean.
+    (1979): raw second moments would lose digits to cancellation.
 
     Attributes:
       num_features: F.
@@ -52,7 +52,7 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """Squared Frechet distance between the Gaussians fitted to two sets of features.
 
-    It is biased upwards for few samples: compare only values from the same number.
+    It is biased upwards for few samples: compare only values from equally many.
     """
     return gaussian_distance(
         first.mean, first.covariance(), second.mean, second.covariance()

@@ -23,7 +23,7 @@ def inception_score(
       logits: [N, K], of any floating type; see `models.inception`.
       splits: S <= N; each split is about N / S consecutive samples.
       seed: shuffles the samples first, as torch-fidelity does, so that samples sorted
-        by class spread over the splits. None keeps their order, as ADM does.
+        by class are spread over the splits. None keeps their order, as ADM does.
 
     Returns:
       The mean, between 1 and K, and the standard deviation of the S scores.

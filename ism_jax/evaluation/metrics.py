@@ -8,9 +8,9 @@
     fd_dinov2         Frechet distance of DINOv2's features
     fd_efficientnet   Frechet distance of EfficientNet-Lite0's features
 
-A score is recorded under the name of its network. 'FID' means the published Inception
-weights alone; with other weights it is 'FD-<name>', and the other scores get that name
-too.
+A score is recorded under the name of its network. 'FID' means only the published
+Inception weights; with other weights it is 'FD-<name>', and the other scores get that
+name too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ class Metric(NamedTuple):
       network: 'inception', 'dinov2' or 'efficientnet'.
       output: the network output that it compares.
       needs_moments: whether it needs the reference's mean and covariance.
-      needs_features: whether it needs features of single reference images.
+      needs_features: whether it needs features of individual reference images.
       min_samples: smallest number of samples, and of reference images if it needs their
         features.
     """
@@ -136,7 +136,7 @@ class MetricSet:
 
         Returns:
           Scores by the names under which they are recorded. 'is' and 'kid' also give
-          their deviation over splits or subsets, 'pr' gives two scores.
+          the deviation over splits or subsets; 'pr' gives two scores.
         """
         scores = {}
         for name in self.names:
@@ -178,7 +178,7 @@ def _scores(name, features, reference, distance) -> dict[str, float]:
         pair = precision_recall.precision_recall(features, reference.features)
         return {f'Precision{suffix}': pair.precision, f'Recall{suffix}': pair.recall}
     statistics = frechet_distance.FeatureStatistics(features.shape[1])
-    for start in range(0, len(features), 4096):  # float64 of one part at a time.
+    for start in range(0, len(features), 4096):  # One part at a time in float64.
         statistics.update(features[start : start + 4096])
     label = f's{distance}' if name == 'sfid' else distance
     return {label: reference.distance(statistics, METRICS[name].output)}

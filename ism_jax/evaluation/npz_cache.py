@@ -22,13 +22,13 @@ def write(path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     except OSError as error:
         warnings.warn(
             f'{path} cannot be written ({error}) and will be recomputed next time; '
-            'give a folder that is writable',
+            'choose a writable folder',
             stacklevel=3,
         )
 
 
 def read(path, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None if it is missing, damaged or of another key.
+    """The arrays of a file; None if it is missing, damaged or has another key.
 
     Warns in the last two cases.
     """

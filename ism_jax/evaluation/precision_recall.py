@@ -8,7 +8,7 @@ the samples (equation 2).
 
 Computed in blocks in float32 on the accelerator, from features minus their common mean.
 Squared distances are exact to about 1e-6 of the squared norms of these differences, so
-only points that close to the surface of a manifold can be misclassified.
+only points within this error of a manifold's boundary can be misclassified.
 """
 
 from typing import NamedTuple
@@ -33,14 +33,14 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision and recall of samples.
 
-    Both depend on the numbers of points: compare only values from the same numbers (ADM
-    takes 50,000 samples and 10,000 real images).
+    Both depend on the sizes of the sets: compare only values from sets of equal sizes
+    (ADM takes 50,000 samples and 10,000 real images).
 
     Args:
       samples: [N, F] features of samples, of any floating type, N > k.
       real: [M, F] features of real images, M > k.
       neighbours: k.
-      block_size: side of a block of distances, float32. One block at a time is in
+      block_size: side of a block of float32 distances. One block at a time is in
         memory, in addition to both sets of features.
     """
     sets = [np.asarray(samples), np.asarray(real)]

@@ -141,7 +141,7 @@ def evaluate_settings(
       processes are missing, or if process 0 scores them.
 
     Raises:
-      ValueError: a metric cannot be computed, or a sample holds NaN.
+      ValueError: a metric cannot be computed, or a sample contains NaN.
     """
     metric_set.check(samples)
     description = _extend(description, sampler, metric_set, samples, labels, seed)

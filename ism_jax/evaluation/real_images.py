@@ -36,7 +36,7 @@ def open_images(origin, *, image_size: int | None = None):
       origin: an NPZ file with `arr_0`, uint8 [N, H, W, 3] (ADM's layout); a folder of
         image files, with or without subfolders; or a source of `ism_jax.data.sources`.
       image_size: side to which images of a folder are cropped and resized as in ADM;
-        None to keep their size, which is then one square. Ignored otherwise.
+        None to keep their size, which must then be one square. Ignored otherwise.
 
     Raises:
       ValueError: `origin` is none of these, or holds no such images.

@@ -3,7 +3,7 @@
 A folder holds `chunk-00000.npz`, `chunk-00001.npz`, ..., each with the labels and the
 features of its samples, and optionally their 8-bit images. Chunk i starts at sample
 `i * size`. Each file is written atomically, so that processes can share the work and a
-later one can resume it.
+later run can resume it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,7 +65,7 @@ class Chunks:
           progress: called with the size of each finished batch.
 
         Raises:
-          ValueError: a sample holds NaN.
+          ValueError: a sample contains NaN.
         """
         parts = []
         for images, label in sample(index * self._size, self._labels_of(index)):

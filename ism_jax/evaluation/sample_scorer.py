@@ -128,8 +128,8 @@ class SampleScorer:
             correct += int((predicted == np.asarray(labels)[valid]).sum())
         if num_nan:
             warnings.warn(
-                f'{num_nan} of {samples} samples hold NaN, so fd is NaN: the model or '
-                'the sampler diverged',
+                f'{num_nan} of {samples} samples contain NaN, so fd is NaN: the model '
+                'or the sampler diverged',
                 stacklevel=2,
             )
             fd = math.nan

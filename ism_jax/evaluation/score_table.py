@@ -7,7 +7,7 @@ import math
 def classifier_table(
     records: Sequence[Mapping], *, floor: Mapping, reference: str
 ) -> str:
-    """Text: steps downwards, guidance to the right, a block for each score.
+    """Text: a block per score, a row per number of steps, a column per guidance scale.
 
     Args:
       records: dicts with `steps`, `guidance`, `fd`, `accuracy` (0 .. 1) and `samples`,
@@ -29,7 +29,7 @@ def classifier_table(
     ]
     if counts != [floor['samples']]:
         lines.append(
-            'FD is larger for fewer images, so "real" and samples compare only roughly.'
+            'FD is larger for fewer images: compare "real" and samples only roughly.'
         )
     blocks = {
         'fd': 'FD, Frechet distance of features (lower is better)',

@@ -159,7 +159,7 @@ def params_from_tensors(
       source: description of the file, for messages.
 
     Raises:
-      ValueError: a tensor is missing, unknown or of another shape.
+      ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     tensors = {_current_name(name): array for name, array in tensors.items()}
     leaves = traverse_util.flatten_dict(autoencoder.abstract_params())

@@ -1,4 +1,4 @@
-"""A network of another project as parameters of our SiT."""
+"""A network from another project as parameters of our SiT."""
 
 from typing import Any, NamedTuple
 
@@ -36,14 +36,14 @@ def preset_heads(hidden_size: int, depth: int) -> int:
     """Number of attention heads of the preset with this width and depth.
 
     Raises:
-      ValueError: no preset has them, and no shape determines the number of heads.
+      ValueError: no preset has them, and the shapes do not determine the heads.
     """
     for sizes in sit.SIZES.values():
         if (sizes['hidden_size'], sizes['depth']) == (hidden_size, depth):
             return sizes['num_heads']
     raise ValueError(
-        f'a network of width {hidden_size} and depth {depth} is no preset, and the '
-        'file does not say how many attention heads it has; give --num_heads'
+        f'no preset has width {hidden_size} and depth {depth}, and the file does not '
+        'say how many attention heads the network has; give --num_heads'
     )
 
 

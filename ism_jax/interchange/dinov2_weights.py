@@ -31,7 +31,7 @@ _FIXED = {
 
 
 def read_config(path) -> dinov2.Config:
-    """The sizes in the `config.json` of a DINOv2.
+    """The sizes in the `config.json` of a DINOv2 network.
 
     Raises:
       ValueError: the file is missing or damaged, or describes another network.
@@ -42,8 +42,8 @@ def read_config(path) -> dinov2.Config:
         config = dinov2.Config(**{n: content[n] for n in sizes if n in content})
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f'{path} is not the config.json of a DINOv2 ({error}); give the folder of '
-            'a network such as facebook/dinov2-large'
+            f'{path} is not the config.json of a DINOv2 network ({error}); give a '
+            'folder such as that of facebook/dinov2-large'
         ) from error
     problems = [
         f'{name} = {content[name]!r} must be {value!r}'
@@ -78,7 +78,7 @@ def params_from_tensors(
       config: sizes of the network.
 
     Raises:
-      ValueError: a tensor is missing, unknown or of another shape.
+      ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     network = f'DINOv2 of {config}'
     expected = named_tensors.abstract_params(dinov2.Dinov2(config))

@@ -20,7 +20,7 @@ def params_from_tensors(tensors: Mapping[str, np.ndarray]) -> dict:
       tensors: name to array, as from `tensor_file.read`.
 
     Raises:
-      ValueError: a tensor is missing, unknown or of another shape.
+      ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     expected = named_tensors.abstract_params(efficientnet_lite.EfficientNetLite0())
     tensors = named_tensors.NamedTensors(tensors, 'EfficientNet-Lite0')

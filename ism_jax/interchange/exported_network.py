@@ -46,12 +46,12 @@ class ExportedNetwork(NamedTuple):
     Attributes:
       config: resolved config of the run or the conversion, as `json` reads it.
       params: parameters by module; float32 NumPy arrays when read.
-      step: number of steps that ism_jax trained the network.
+      step: number of training steps in ism_jax.
       class_names: names of the labels, in order.
       image_shape: (H, W, C).
       origin: description of the source.
       predicts: 'velocity', or 'noise' if the network can only initialise training.
-      fresh: modules that are missing in `params` and to be initialised.
+      fresh: modules that are missing from `params`, to be initialised.
     """
 
     config: dict[str, Any]
@@ -112,8 +112,8 @@ def read(folder) -> ExportedNetwork:
     """Reads what `write` wrote; `check_params` compares it with a model.
 
     Raises:
-      ValueError: a file is missing, damaged, edited, of another program or of another
-        version of the format.
+      ValueError: a file is missing, damaged or edited, or has another format or
+        version.
     """
     folder = Path(folder)
     missing = [name for name in (TENSORS, CONFIG) if not (folder / name).is_file()]
@@ -172,7 +172,7 @@ def initialised(network: ExportedNetwork, model: sit.SiT) -> dict[str, Any]:
 def with_classes(
     network: ExportedNetwork, class_names: Sequence[str]
 ) -> ExportedNetwork:
-    """The network for data of other classes; unchanged if their number is the same.
+    """The network adapted to other classes; unchanged if their number is the same.
 
     Each new class embedding starts as the null embedding, so that the network computes
     its unconditional velocity for every label.
@@ -197,7 +197,7 @@ def check_start(
 ) -> None:
     """Checks that `model` computes the same function with the network's parameters.
 
-    Images may have another side, because positions are not learned. For other classes
+    Images may have another size, because positions are not learned. For other classes
     see `with_classes`.
 
     Args:
@@ -224,7 +224,7 @@ def check_params(network: ExportedNetwork, model: sit.SiT, folder) -> None:
     """Checks that the parameters are those of the model, except for fresh modules.
 
     Raises:
-      ValueError: a parameter is missing, unknown, of another shape or not float32.
+      ValueError: a parameter is missing, unknown, of the wrong shape or not float32.
     """
     abstract = sit.abstract_params(model, network.image_shape)
     expected = {n: tree for n, tree in abstract.items() if n not in network.fresh}

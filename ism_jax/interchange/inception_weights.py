@@ -23,7 +23,7 @@ def params_from_tensors(tensors: Mapping[str, np.ndarray]) -> dict:
       tensors: name to array, as from `tensor_file.read`.
 
     Raises:
-      ValueError: a tensor is missing, unknown or of another shape.
+      ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     expected = named_tensors.abstract_params(inception.Inception())
     tensors = named_tensors.NamedTensors(tensors, 'Inception of 2015-12-05')

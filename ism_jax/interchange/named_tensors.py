@@ -31,7 +31,7 @@ class NamedTensors:
         """The tensor as float32.
 
         Raises:
-          ValueError: it is missing or has another number of axes.
+          ValueError: it is missing or has the wrong number of axes.
         """
         tensor = tensor_shapes.require(self._tensors, name, rank, self._network)
         del self._tensors[name]
@@ -88,7 +88,7 @@ class NamedTensors:
           expected: tree of `jax.ShapeDtypeStruct`, see `abstract_params`.
 
         Raises:
-          ValueError: a tensor is left over, or a parameter is missing or of another
+          ValueError: a tensor is left over, or a parameter is missing or of the wrong
             shape.
         """
 

@@ -7,7 +7,7 @@ is converted so that our network at time t computes what DiT computes at timeste
 noise is kept. The result is not a velocity: it can initialise training and cannot be
 sampled from. The authors license their weights for non-commercial use (CC BY-NC).
 
-For what is initialised and the null embedding see `official_sit`.
+`official_sit` says which modules are initialised and explains the null embedding.
 """
 
 from collections.abc import Mapping

@@ -43,7 +43,7 @@ def from_tensors(
       num_heads: see `official_sit.from_tensors`.
 
     Raises:
-      ValueError: a tensor is missing, unknown or of another shape.
+      ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     converted = _read_shapes(tensors, image_size, num_heads)
 

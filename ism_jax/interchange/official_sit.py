@@ -23,7 +23,7 @@ from ism_jax.interchange import converted_network, tensor_shapes
 from ism_jax.models import sit
 
 NETWORK = 'an official SiT or DiT'
-# The sin-cos positions come from another library, in float32 at worst.
+# The sin-cos positions were computed by another library, at worst in float32.
 POSITION_TOLERANCE = 1e-5
 _BLOCK_LAYERS = {
     'modulation': 'adaLN_modulation.1',
@@ -41,11 +41,11 @@ def from_tensors(
 
     Args:
       tensors: its state dict.
-      num_heads: attention heads, which no shape determines; 0 for those of the preset
-        with the same width and depth.
+      num_heads: number of attention heads, which the shapes do not determine; 0 for
+        that of the preset with the same width and depth.
 
     Raises:
-      ValueError: a tensor is missing, unknown or of another shape.
+      ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     converted, outputs = _read_shapes(tensors, num_heads)
     channels = converted.image_shape[-1]

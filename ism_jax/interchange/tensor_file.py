@@ -97,7 +97,7 @@ def _read_torch(path: Path) -> tuple[str, dict[str, np.ndarray]]:
                 # So that the optimizer state, if present, is never read.
                 mmap=zipfile.is_zipfile(path),
             )
-    except Exception as error:  # A file from outside can raise any type.
+    except Exception as error:  # An untrusted file can raise any type.
         # The rest of PyTorch's message explains how to disable the protection.
         found = re.search(r'unsupported .*?(?=\n|\. |$)', str(error), re.IGNORECASE)
         reason = found[0] if found else str(error).split('.')[0] or 'it is empty'

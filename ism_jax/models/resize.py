@@ -1,7 +1,7 @@
 """Bicubic resize of 8-bit images as in the imaging library Pillow.
 
 Scores depend on it: with another filter, or without antialiasing, the same images have
-other features (Parmar et al., arXiv 2104.11222).
+different features (Parmar et al., arXiv 2104.11222).
 """
 
 import functools
@@ -45,7 +45,7 @@ def resize_as_pillow(images: jax.Array, side: int) -> jax.Array:
 def pillow_weights(size: int, side: int) -> np.ndarray:
     """Weights [side, size] float32 of the input pixels in each output pixel.
 
-    To shrink an image, the filter is widened by the scale, which is antialiasing.
+    When an image shrinks, the filter is widened by the scale (antialiasing).
     """
     scale = size / side
     width = max(scale, 1.0)

@@ -9,8 +9,8 @@ are trained on `scaling_factor` times a sample of the posterior (0.18215, for a 
 deviation of about 1).
 
 Modules have the names of the published weights, see `interchange.autoencoder_weights`.
-Normalisation is in float32 for every `dtype`, and products of float32 have full
-precision (TPUs would round them to bfloat16).
+Normalisation is in float32 for every `dtype`, and float32 matrix products use full
+precision (TPUs would round their inputs to bfloat16).
 """
 
 from collections.abc import Mapping

@@ -8,8 +8,8 @@ import jax
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that a resumed run starts at once.
 
-    Only on accelerators, and only if the user's environment sets no cache. Programs
-    for a CPU fit one kind of CPU, while home folders are often shared.
+    Only on accelerators, and only if the user's environment sets no cache. A program
+    for a CPU fits one kind of CPU, but machines often share a home folder.
     """
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != 'cpu':
         folder = Path('~/.cache/ism_jax/compiled').expanduser()

@@ -1,4 +1,4 @@
-"""One run per folder: a lock that ends with its process."""
+"""One run per folder: a lock that is released when its process ends."""
 
 import json
 import os
@@ -17,8 +17,8 @@ NAME = 'lock'
 class Lock:
     """Locks a folder while it is entered.
 
-    The operating system releases the lock when the process ends, in any way, so that a
-    killed run leaves nothing to clean up.
+    The operating system releases the lock however the process ends, so that a killed
+    run leaves nothing to clean up.
 
     Args:
       folder: created if it is missing.
@@ -50,8 +50,8 @@ class Lock:
             holder = _described(self._file.read())
             self._file.close()
             raise ValueError(
-                f'{self._path.parent} is used by another run{holder}; wait for it, end '
-                'it, or give another --workdir'
+                f'{self._path.parent} is used by another run{holder}; wait for it, '
+                'stop it, or give another --workdir'
             ) from error
         self._file.truncate(0)
         about = {'pid': os.getpid(), 'host': socket.gethostname()}

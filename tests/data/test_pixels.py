@@ -37,7 +37,7 @@ def test_bfloat16_is_converted():
 
 
 def test_nan_is_refused():
-    with pytest.raises(ValueError, match='1 NaN of 2 values'):
+    with pytest.raises(ValueError, match='1 of 2 image values are NaN'):
         pixels.to_uint8(np.array([0.0, np.nan]))
 
 

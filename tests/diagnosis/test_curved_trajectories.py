@@ -33,7 +33,7 @@ def test_straight_paths_and_half_circles(normal):
 
 
 def test_trajectory_is_the_path_of_the_sampler(batch):
-    def velocity(x, t, d, w, label):  # Of dx/dt = x.
+    def velocity(x, t, d, w, label):  # Mean velocity of dx/dt = x.
         return x * (jnp.expm1(d) / d)[:, None, None, None]
 
     x, _, label = batch()

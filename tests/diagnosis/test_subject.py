@@ -19,7 +19,7 @@ def test_steps_start_at_multiples_of_their_size(normal):
     np.testing.assert_allclose(x, (1 - t) * noise + t * data, rtol=1e-5, atol=1e-6)
 
 
-def test_small_steps_are_guided_from_the_interval_on(batch, affine_field, null):
+def test_small_steps_are_not_guided_before_the_interval(batch, affine_field, null):
     x, _, label = batch()
     t, d = jnp.zeros(6), jnp.ones(6)
 
@@ -52,7 +52,7 @@ def test_samples_start_from_the_sampler_noise(intrinsic):
     np.testing.assert_allclose(moved, expected, rtol=1e-5)
 
 
-def test_nothing_is_relative_to_zero():
+def test_relative_error_needs_a_nonzero_finite_reference():
     assert subjects.relative_rms(np.array([0, 2.0]), np.array([4.0, 0])) == 0.5
     for reference in (np.zeros(3), np.full(3, np.nan)):
         with pytest.raises(ValueError, match='train for longer'):

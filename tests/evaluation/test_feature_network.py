@@ -12,7 +12,7 @@ from ism_jax.interchange import inception_weights
 def test_features_that_are_not_finite_are_refused(tiny_network):
     images = np.full((3, 8, 8, 3), 255, np.uint8)
     tiny_network()(images)
-    with pytest.raises(ValueError, match='tiny gives features that are not finite'):
+    with pytest.raises(ValueError, match='tiny returned features that are not finite'):
         tiny_network(scale=np.inf)(images)
 
 

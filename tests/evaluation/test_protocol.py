@@ -234,7 +234,7 @@ def test_what_cannot_be_scored_is_refused_before_sampling(evaluate, tmp_path):
 
 
 def test_samples_with_nan_have_no_score(evaluate, tmp_path):
-    with pytest.raises(ValueError, match='steps 1, w 1: images hold .* NaN'):
+    with pytest.raises(ValueError, match='steps 1, w 1: .* values are NaN'):
         evaluate(tmp_path, params={'a': jnp.nan})
 
 

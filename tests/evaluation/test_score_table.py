@@ -22,7 +22,7 @@ def test_classifier_table():
 1,000 samples per setting, against 4,500 real digits.
 Rows: number of sampling steps. Columns: guidance scale w (0: no guidance).
 "real" is 500 held-out real images in place of samples: the score to reach.
-FD is larger for fewer images, so "real" and samples compare only roughly.
+FD is larger for fewer images: compare "real" and samples only roughly.
 
 FD, Frechet distance of features (lower is better)
   steps     w=0  w=1.5

@@ -98,5 +98,5 @@ def test_the_message_names_a_tensor_of_another_network(change, message):
 
 
 def test_the_number_of_heads_is_required_outside_the_presets():
-    with pytest.raises(ValueError, match='width 48 and depth 2 .* give --num_heads'):
+    with pytest.raises(ValueError, match='width 48 and depth 2, .* give --num_heads'):
         official_sit.from_tensors(SIT)

@@ -11,7 +11,7 @@ def test_every_difference_is_listed():
     given = {'a': (2,), 'b': (3,), 'x': (1,)}
     message = (
         r'net.pt does not fit a SiT \(5 missing: c, d, e and 2 more; 1 unknown: x; '
-        r'1 of another shape: b is \(3,\), expected \(2,\)\); download it again'
+        r'1 of the wrong shape: b is \(3,\), expected \(2,\)\); download it again'
     )
     with pytest.raises(ValueError, match=message):
         tensor_shapes.check(

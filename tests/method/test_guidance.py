@@ -26,7 +26,7 @@ def test_guidance_scales_are_drawn_uniformly():
     assert min(counts) > 400 and sum(counts) == 7000
 
 
-def test_guidance_acts_from_the_interval_on():
+def test_guidance_is_zero_before_the_interval():
     w = guidance.interval_guidance(
         jnp.array([2.0, 2.0, 2.0]), jnp.array([0.0, 0.3, 0.9]), 0.3
     )

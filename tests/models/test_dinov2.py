@@ -23,7 +23,7 @@ def _images(height=40, width=60, batch=3):
 @pytest.mark.parametrize('gated', [False, True])
 def test_agrees_with_transformers(gated, tmp_path, monkeypatch):
     torch = pytest.importorskip('torch', reason='transformers computes with it')
-    transformers = pytest.importorskip('transformers', reason='the other side')
+    transformers = pytest.importorskip('transformers', reason='the reference')
     config = dinov2.Config(**SIZES, use_swiglu_ffn=gated)
     tensors = random_tensors(config)
     theirs = transformers.Dinov2Model.from_pretrained(

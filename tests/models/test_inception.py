@@ -111,7 +111,7 @@ def test_other_weights_require_a_name(inception_tensors, params, tmp_path, apply
     path = tmp_path / 'weights.safetensors'
     counter = {'Mixed_5b.branch1x1.bn.num_batches_tracked': np.array(7)}
     safetensors.save_file(inception_tensors | counter, path)
-    with pytest.raises(ValueError, match='is not the Inception network that FID'):
+    with pytest.raises(ValueError, match='is not the Inception network that defines'):
         feature_network.load_inception(path)
     network = feature_network.load_inception(path, other_name='mine', batch_size=3)
     assert (network.name, network.distance) == ('mine', 'FD-mine')
