@@ -1,4 +1,4 @@
-r"""IMM on ImageNet 256x256, a baseline of iSM: SiT-XL/2.
+r"""IMM on ImageNet 256x256, a baseline for iSM: SiT-XL/2.
 
     python -m ism_jax.train --config configs/imagenet256_imm_xl2.py \
         --config.data.source=latents:/data/imagenet256

@@ -2,9 +2,9 @@
 
     python -m ism_jax.train --config configs/quickstart.py
 
-It trains all five parts of the method on a network small enough for two CPU cores, as a
-demonstration, not a row of a table. Measured on two cores: about eight minutes of
-training; class accuracy 88 % in 1 step and 92 % in 4 steps at w = 2.5.
+A demonstration, not a benchmark: it uses all five parts of the method, with a network
+small enough for two CPU cores. Measured on two cores: about eight minutes of training;
+class accuracy 88 % in 1 step and 92 % in 4 steps at w = 2.5.
 `configs/quickstart.py:runlocal` shrinks it to one minute.
 """
 

@@ -20,7 +20,7 @@ noise instead of a velocity, so the result can only initialise training. See
 official networks take latents of sd-vae-ft times 0.18215.
 
 Checkpoints are `.safetensors` files, or `.pt` files that PyTorch reads with
-`weights_only`. If a file holds several trees, the EMA, `ema`, is used. Files that could
+`weights_only`. If a file holds several trees, the EMA (`ema`) is used. Files that could
 run code when they are loaded are rejected, including the checkpoints of
 shortcut-models, which are pickles. If you trust one, write its tensors in an
 environment in which shortcut-models runs:
@@ -104,12 +104,12 @@ def convert_shortcut(
     if path.is_file() and path.suffix != '.safetensors':
         raise ValueError(
             f'{path} is not a .safetensors file; checkpoints of shortcut-models are '
-            'pickles, which can run any program when they are loaded. If you trust '
+            'pickles, which can run arbitrary code when loaded. If you trust '
             'it, python -m ism_jax.convert --help shows how to write its tensors'
         )
     if not time_grid.is_base_steps(base_steps):
         raise ValueError(
-            f'--base_steps = {base_steps} must be a power of two of at least 2'
+            f'--base_steps = {base_steps} must be a power of two, at least 2'
         )
     return _convert(
         path,
@@ -134,7 +134,7 @@ def export(workdir, step: int | None = None) -> exported_network.ExportedNetwork
       ValueError: there is no run or no such checkpoint.
     """
     if exported_network.exists(workdir):
-        raise ValueError(f'{workdir} is an exported network already; copy the folder')
+        raise ValueError(f'{workdir} is already an exported network; copy the folder')
     run = trained_network.load(workdir, step)
     return exported_network.ExportedNetwork(
         config=config_lib.to_dict(run.config),
@@ -201,7 +201,7 @@ REQUIRED = ('checkpoint', 'image_size', 'workdir')
 def run(command: str, source, out, **options) -> None:
     """Converts one network, writes it, and prints how to train from it.
 
-    `source` is a checkpoint or the folder of a run, `options` are those of the
+    `source` is a checkpoint or the folder of a run, and `options` are those of the
     command's function.
     """
     function, _ = COMMANDS[command]

@@ -14,8 +14,8 @@ describes the files.
 One process uses all its devices. Several processes that write to one shared folder each
 encode their share of the shards: the processes of a cluster (`--distributed`), or
 independent ones (`--process_index`, `--process_count`). The same command resumes: it
-keeps finished shards. An unreadable image stops it, or is skipped and listed in the
-manifest with `--on_corrupt=skip`.
+keeps finished shards. An unreadable image stops it; `--on_corrupt=skip` skips the image
+and lists it in the manifest.
 """
 
 from collections.abc import Callable
@@ -95,14 +95,14 @@ def prepare(
 
 
 def verify(out, *, log: Callable[[str], Any] = print) -> bool:
-    """Reads every byte of a folder; returns whether all files are as written."""
+    """Reads every byte of a folder; returns whether all files are intact."""
     problems = latent_preparation.verify(out, log)
     for line in problems:
         log(line)
     log(
         'remove these files and run the same command without --verify'
         if problems
-        else 'all files are as written'
+        else 'all files are intact'
     )
     return not problems
 

@@ -48,7 +48,7 @@ def torch_fidelity(monkeypatch):
     """
     for name in ('torch', 'torch_fidelity'):
         if importlib.util.find_spec(name) is None:
-            pytest.skip(f'{name}, the other side of the comparison, is not installed')
+            pytest.skip(f'{name}, the reference, is not installed')
     if 'torch_fidelity' not in sys.modules:
         for name in ('', '.datasets', '.transforms', '.transforms.functional'):
             module = types.ModuleType(f'torchvision{name}')
@@ -63,7 +63,7 @@ def torch_fidelity(monkeypatch):
 
 @pytest.fixture(scope='module')
 def one_device():
-    """One device instead of eight, for which programs compile slowly."""
+    """One device: programs for eight compile slowly."""
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, 'devices', lambda: devices)
@@ -90,7 +90,7 @@ def small_run(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def inception_tensors():
-    """Random weights of Inception by the names of the published file.
+    """Random Inception weights, named as in the published file.
 
     Activations are near 1.
     """
@@ -121,7 +121,7 @@ def inception_tensors():
 
 @pytest.fixture(scope='session')
 def inception_file(inception_tensors, tmp_path_factory):
-    """A file of these weights as PyTorch writes it; without PyTorch, skipped."""
+    """A PyTorch file of these weights; without PyTorch, the test is skipped."""
     torch = pytest.importorskip('torch', reason='it writes the file')
     state = {name: torch.from_numpy(t) for name, t in inception_tensors.items()}
     for name in inception_tensors:

@@ -161,7 +161,7 @@ def test_messages_say_what_an_exported_folder_lacks(exported):
         trained_network.load(exported, 7)
     with pytest.raises(ValueError, match='without online parameters'):
         trained_network.load_parameter_sets(exported, trained_network.load(exported))
-    with pytest.raises(ValueError, match='is an exported network already'):
+    with pytest.raises(ValueError, match='is already an exported network'):
         convert.export(exported)
 
 

@@ -57,7 +57,7 @@ def test_prepared_latents_are_read_by_training(images, autoencoder, tmp_path):
     assert len(source) == 12 and source.class_names == ('class0', 'class1')
     lines = []
     assert prepare_data.verify(tmp_path / 'out', log=lines.append)
-    assert lines[-1] == 'all files are as written'
+    assert lines[-1] == 'all files are intact'
     (tmp_path / 'out' / 'labels.npy').unlink()
     assert not prepare_data.verify(tmp_path / 'out', log=lines.append)
     assert 'labels.npy' in lines[-2] and 'without --verify' in lines[-1]

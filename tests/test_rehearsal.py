@@ -103,7 +103,7 @@ def test_from_photographs_to_scores(parts, inception_tensors):
         '--batch_size=16',
     )
     assert '160 latents (8, 8, 4)' in _run(*prepare, processes_logs=parts)
-    assert 'all files are as written' in _run(
+    assert 'all files are intact' in _run(
         'prepare_data', f'--out={parts / "latents"}', '--verify'
     )
     manifest = json.loads((parts / 'latents' / 'manifest.json').read_text())

@@ -15,7 +15,7 @@ def png(array):
 
 
 def write_tfds(root, name, version, features, splits):
-    """Prepares a data set as TFDS does, from images that are encoded already.
+    """Prepares a data set as TFDS does, from images that are already encoded.
 
     Encoding arrays would import TensorFlow.
     """

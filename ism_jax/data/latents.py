@@ -1,7 +1,7 @@
 """The files of prepared latents: records, channel statistics and the manifest.
 
 A folder holds ArrayRecord shards, `manifest.json`, which describes them, and
-`labels.npy`, the labels of all records in order. A record has no header:
+`labels.npy`, the labels of all records in order. A record has no header, only
 
     label            int32
     mean             [2, h, w, c]  of the autoencoder's posterior
@@ -137,7 +137,7 @@ def read_manifest(folder) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-      ValueError: it is missing, damaged or of another version.
+      ValueError: it is missing, damaged or has another version.
     """
     path = Path(folder) / 'manifest.json'
     if not path.is_file():

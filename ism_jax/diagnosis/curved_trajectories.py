@@ -16,13 +16,13 @@ from ism_jax.sampling import image_grid
 
 # Paths in the figure.
 NUM_SHOWN = 24
-# Random pairs of pairs of a crossing rate, whose standard error is at most 0.0016.
+# Random pairs of pairs per crossing rate; its standard error is at most 0.0016.
 NUM_PAIRS = 100_000
 ABOUT = dict(
     fault='Curved trajectories',
     question='Are the paths from noise to data straight?',
     good='length 1, S = 0, crossing rate 0% (independent pairs: 50%)',
-    text='A straight path needs one step, a curved one needs many. Paths curve where '
+    text='A straight path needs one step; a curved one needs many. Paths curve where '
     'training pairs of noise and data cross, so pairs made by optimal transport give '
     'straighter paths.',
 )
@@ -59,8 +59,8 @@ def path_length_ratio(path) -> np.ndarray:
 def straightness(path, steps: Sequence[float]) -> float:
     """S = mean over t, samples and values of ((x1 - x0) - v)^2; 0 is straight.
 
-    Rectified flow (Liu et al., arXiv 2209.03003), section 2.2, divided by the number of
-    values of a sample.
+    As in rectified flow (Liu et al., arXiv 2209.03003, section 2.2), but divided by the
+    number of values per sample.
 
     Args:
       path: [N + 1, B, ...].
@@ -99,7 +99,7 @@ def _flatten(path) -> np.ndarray:
 
 
 def crossing_rate(noise, data, *, labels=None) -> float:
-    """How often two pairs of a coupling cross: they are shorter with noise exchanged.
+    """How often two pairs of a coupling cross: exchanging their noise shortens them.
 
     The share of random i != j for which
     |x0_i - x1_j|^2 + |x0_j - x1_i|^2 < |x0_i - x1_i|^2 + |x0_j - x1_j|^2, which is

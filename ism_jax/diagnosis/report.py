@@ -15,7 +15,7 @@ class Section(NamedTuple):
 
     Attributes:
       fault: name of the fault.
-      question: the question that it answers.
+      question: the question that the diagnosis answers.
       good: what a good value is.
       text: an explanation for newcomers, in two or three sentences.
       number: what was measured.

@@ -13,7 +13,7 @@ from ism_jax.sampling.sampler import Sampler
 
 # The paper's largest w, used where the method sets no limit.
 MAX_GUIDANCE = 3.5
-# For measures that sample few images in many steps.
+# For measurements on few samples of many steps.
 NUM_SAMPLES = 64
 
 
@@ -29,7 +29,7 @@ class Subject(NamedTuple):
       apply: (params, x, t, d, w, label) -> mean velocity over a step, compiled.
       noise, data: pairs as in training, [n, H, W, C].
       label: [n].
-      pool_size: number of pairs that were coupled together; the first pool comes first.
+      pool_size: number of pairs in a pool; the first `pool_size` rows are one pool.
       coupling: description of how the pairs were made.
       seed: seed of every random choice.
     """
@@ -81,7 +81,7 @@ class Subject(NamedTuple):
         at_low, at_zero = (
             np.asarray(self.field(noise, t, label, w)) for w in (low, 0.0)
         )
-        # They differ where the sampler, not the network, applies guidance.
+        # They differ if the sampler, not the network, applies guidance.
         return 1 + low if np.array_equal(at_low, at_zero) else 1.0
 
     def cfg_velocity(self, x, t, d, label, steps, scale) -> jax.Array:

@@ -1,6 +1,6 @@
 """The small image classifier: trained on the real images, cached in a file.
 
-The classifier is part of the metric: scores of two classifiers cannot be compared. It
+The classifier is part of the metric: scores by two classifiers cannot be compared. It
 is a function of the images, the labels and the settings (with their seed), and its file
 is named after a hash of all three.
 """
@@ -22,9 +22,9 @@ from ism_jax.data import pixels
 from ism_jax.evaluation import npz_cache, padded_batches
 from ism_jax.models import conv_classifier
 
-# Part of the cache key: increase it if the same settings give another classifier.
+# Part of the cache key: increase it if the same settings give a different one.
 _VERSION = 1
-BATCH_SIZE = 250  # Of a trained classifier.
+BATCH_SIZE = 250  # For inference.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def train(
     settings: Settings = DEFAULT_SETTINGS,
     key: str = '',
 ) -> TrainedClassifier:
-    """Trains by Adam on nine tenths of the images and tests on the held-out tenth.
+    """Trains with Adam on nine tenths of the images and tests on the held-out tenth.
 
     Arguments are those of `load_or_train`; `key` is that of the result.
     """

@@ -189,7 +189,7 @@ def load_dinov2(path, *, batch_size: int = 64) -> FeatureNetwork:
       A `FeatureNetwork` with `features`.
 
     Raises:
-      ValueError: the files are missing, or are of another network.
+      ValueError: the files are missing, or belong to another network.
     """
     names = ('config.json', 'model.safetensors')
     folder = hub.folder(path, names, 'facebook/dinov2-large')

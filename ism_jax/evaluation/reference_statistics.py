@@ -1,9 +1,9 @@
 """Statistics of real images that samples are compared with, computed once and cached.
 
-Besides images, two kinds of NPZ file are read. ADM's evaluation (Dhariwal and Nichol,
-arXiv 2105.05233) has `mu` and `sigma` of all training images, `mu_s` and `sigma_s` of
-their spatial features, and some of the images as `arr_0`. pytorch-fid and others write
-`mu` and `sigma` alone. Both are of FID's Inception network.
+Besides images, two kinds of NPZ file are read. Those of ADM's evaluation (Dhariwal and
+Nichol, arXiv 2105.05233) have `mu` and `sigma` of all training images, `mu_s` and
+`sigma_s` of their spatial features, and some of the images as `arr_0`. pytorch-fid and
+others write only `mu` and `sigma`. Both come from FID's Inception network.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +18,11 @@ import numpy as np
 from ism_jax.evaluation import feature_network, frechet_distance, npz_cache, real_images
 from ism_jax.runtime import checksums
 
-# Part of the cache key: increase it if the same images get other statistics.
+# Part of the cache key: increase it if the same images get different statistics.
 _VERSION = 1
-# The network outputs that statistics are computed of, and their names in ADM's files.
+# Network outputs, and the names of their statistics in ADM's files.
 _OUTPUTS = {'features': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}
-KEPT_FEATURES = 10_000  # ADM measures recall with as many real images.
+KEPT_FEATURES = 10_000  # ADM measures recall with this many real images.
 _BATCH = 512  # Images read at once.
 _LOG_EVERY = 30.0  # Seconds.
 
@@ -79,7 +79,7 @@ def load_or_compute(
       network: extracts the features.
       cache_dir: folder of the cached files; None for no cache.
       image_size: see `real_images.open_images`; None unless `origin` is a folder.
-      kept_features: maximum number of images of `Reference.features`; a fixed random
+      kept_features: maximum number of images in `Reference.features`, a fixed random
         choice.
       log: called with progress messages.
 
@@ -114,7 +114,7 @@ def load_or_compute(
         if path is not None:
             _save(path, reference)
     if moments:
-        # ADM's statistics are of all training images, arr_0 holds only some of them.
+        # ADM's statistics are of all training images; arr_0 holds only some of them.
         reference = dataclasses.replace(reference, moments=moments, count=None)
     return reference
 
@@ -185,7 +185,7 @@ def _read_moments(path, network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if not shapes_fit or not finite or not _is_symmetric(covariance):
             problem = (
                 f'{output} have a mean {mean.shape} and a covariance '
-                f'{covariance.shape}, not finite [F] and symmetric [F, F]'
+                f'{covariance.shape}, expected finite [F] and symmetric [F, F]'
             )
     if problem:
         raise ValueError(f'{path} has no usable statistics: {problem}; replace it')

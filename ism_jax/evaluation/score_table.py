@@ -90,7 +90,7 @@ def metrics_table(records: Sequence[Mapping]) -> str:
         notes.append(
             f'Steps {numbers}: a grid over guidance, w = {scales}. The best of a grid '
             'is selected on the samples that it is scored on: do not report it. Select '
-            'w with another --seed, then score that w alone.'
+            'w with another --seed, then score only that w.'
         )
     return '\n'.join([*(f'| {" | ".join(row)} |' for row in rows), '', *notes])
 

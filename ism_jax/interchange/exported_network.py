@@ -138,8 +138,8 @@ def read(folder) -> ExportedNetwork:
     for name, (digest, expected) in digests.items():
         if digest != expected:
             raise ValueError(
-                f'{folder / name} is not as it was written: it was edited, damaged or '
-                'belongs to another network; export again'
+                f'{folder / name} has changed since the export: it was edited or '
+                'damaged, or belongs to another network; export again'
             )
     content = json.loads(text)
     return ExportedNetwork(

@@ -1,12 +1,12 @@
 """Converts checkpoints of shortcut-models (github.com/kvfrans/shortcut-models).
 
-For `train_type` shortcut, the converted network computes the same function at d = 1,
-1/2, ..., 1/32768 and, as d = 1 / `base_steps`, at d = 0. For another `train_type` the
-function would differ, and the tensors do not reveal it.
+If `train_type` is shortcut, the converted network computes the same function at d = 1,
+1/2, ..., 1/32768; its d = 0 is the official d = 1 / `base_steps`. For any other
+`train_type` the function would differ, and the tensors do not reveal the type.
 
 - The sinusoidal embedding of log2(1/d) becomes rows of our table of step sizes, and the
   row of the finest step moves into the class table.
-- Queries absorb the different scale of the attention scores.
+- Queries absorb the official scale of the attention scores.
 - The log-variances, which the official network never uses, are dropped.
 - The official code computes in bfloat16, so outputs differ by its rounding.
 
@@ -38,7 +38,7 @@ def from_tensors(
 
     Args:
       tensors: its parameters, named by their path in the tree, joined with '/'.
-      image_size: side of the images or latents, which no tensor determines.
+      image_size: side of the images or latents, which the tensors do not determine.
       base_steps: the official flag `denoise_timesteps`.
       num_heads: see `official_sit.from_tensors`.
 
@@ -54,7 +54,7 @@ def from_tensors(
 
     def qkv(block):
         key, query, value = (linear(f'{block}/Dense_{i}') for i in (1, 2, 3))
-        # The official code divides queries by the head dimension, we divide the
+        # The official code divides queries by the head dimension; we divide the
         # scores by its square root.
         width = converted.model['hidden_size']
         scale = (width // converted.model['num_heads']) ** -0.5

@@ -38,7 +38,7 @@ def read(path) -> tuple[dict[str, np.ndarray], str]:
       `NESTINGS` under which the tensors were found ('' if they are not nested).
 
     Raises:
-      ValueError: the file is missing, damaged, of another format or holds more than
+      ValueError: the file is missing, damaged, in another format or holds more than
         floating-point tensors, or PyTorch is missing or unsafe.
     """
     path = Path(path)
@@ -103,7 +103,7 @@ def _read_torch(path: Path) -> tuple[str, dict[str, np.ndarray]]:
         reason = found[0] if found else str(error).split('.')[0] or 'it is empty'
         raise ValueError(
             f'{path} cannot be read with weights_only ({reason}): it is damaged, or '
-            'holds more than tensors, and then loading it could run any program. The '
+            'holds more than tensors, so that loading it could run arbitrary code. The '
             'owner of a trusted file can write its tensors with '
             'safetensors.torch.save_file'
         ) from error

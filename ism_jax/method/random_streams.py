@@ -2,8 +2,8 @@
 
 `stream` folds the domain, then the number, into the key of the seed.
 
-Sample grids once drew their noise from `key(seed)` itself. Its `fold_in(0)` gives both
-noise 0 of such a grid and the parent of the INIT stream; SAMPLES separates the two.
+Sample grids have their own stream, SAMPLES. If they drew from `key(seed)` itself, its
+`fold_in(0)` would give both their noise 0 and the parent of the INIT stream.
 """
 
 import jax

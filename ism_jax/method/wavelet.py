@@ -11,7 +11,7 @@ over the bands b: the approximation of the coarsest level L and three details
 
 **Parseval.** W is orthonormal (an orthogonal wavelet, periodized), so with all
 lambda_b = 1 the distance equals the pixel mean squared error, for any L. It differs
-from pixel error in its weights alone: an error in band b counts lambda_b times its
+from pixel error only in its weights: an error in band b counts lambda_b times its
 pixel error. A constant lies in the approximation, a checkerboard in the finest
 diagonal, and for Haar a cosine of k periods over a side of n mostly in the details
 around level log2(n / 2k).
@@ -28,23 +28,23 @@ cos(2 pi k x / 32 + phase) at x = 0, 1, ... with phase 0):
     detail (default)  z 2^-(j-1)/2 / z 2^-L/2     0.19      0.79   0.94   1.10
     equal_variance    z / Var(target)             depends on the data
 
-Haar bands leak, so the distance of a cosine depends on its phase: cos 8 has
-10 - 6 sin(2 phase) with `orthonormal_mean` and 1.5 - sin(2 phase) / 2 with `nested`,
-and cos 4 ranges over 14 .. 55 and 1.9 .. 2.7. At no phase is either below pixel error.
+Haar bands leak, so the distance of a cosine depends on its phase: for cos 8 it is
+10 - 6 sin(2 phase) with `orthonormal_mean` and 1.5 - sin(2 phase) / 2 with `nested`;
+for cos 4 it ranges over 14 .. 55 and 1.9 .. 2.7. It is never below pixel error.
 
-`averaging_mean` is the mean over a band of the coefficients of the averaging (not
-orthonormal) Haar transform: its coefficients at level j are 2^j times smaller and its
-bands 4^j times shorter, so the two cancel and all weights are 1. `orthonormal_mean` is
-the mean over a band of the orthonormal coefficients, and `nested` counts the
-approximation of every level as well as its details; both give low frequencies more
-weight than pixel error does, the opposite of supervising detail. `detail` halves the
-weight with every two levels from the finest to the approximation: natural images have
-amplitude spectra near 1/f, so coarse bands dominate a pixel error of the velocity by
-orders of magnitude. The exponent 1/2 cancels part of this and still leaves a gradient
-to the approximation, which holds the layout of the image. `equal_variance` cancels it
-fully: a band's weight is the inverse of the variance of the velocity target there. The
-factor z makes the mean weight over all coefficients 1, so that white noise counts as in
-pixel error and weightings are comparable at one learning rate.
+`averaging_mean` is the mean over a band of the squared coefficients of the averaging
+(not orthonormal) Haar transform: at level j they are 4^j times smaller and 4^j times
+fewer, so the two cancel and all weights are 1. `orthonormal_mean` is the mean over a
+band of the squared orthonormal coefficients, and `nested` counts the approximation of
+every level as well as its details; both give low frequencies more weight than pixel
+error does, the opposite of emphasising detail. `detail` halves the weight for every two
+levels from the finest to the approximation: natural images have amplitude spectra near
+1/f, so coarse bands dominate a pixel error of the velocity by orders of magnitude. The
+exponent 1/2 cancels part of this and still leaves a gradient to the approximation,
+which holds the layout of the image. `equal_variance` cancels it fully: a band's weight
+is the inverse of the variance of the velocity target there. The factor z makes the mean
+weight over all coefficients 1, so that white noise counts as in pixel error and
+weightings are comparable at one learning rate.
 
 Every weighting is a positive definite quadratic form, so the minimiser of the expected
 distance is the conditional mean, as flow matching requires:
@@ -191,10 +191,10 @@ def band_weights(
     Args:
       weighting: one of `WEIGHTINGS`, or a list of positive weights: 1 + 3 levels in the
         order of `band_names`, or 1 + levels (the approximation, then one for the three
-        details of each level, coarsest first). A weight of 0 would lose the conditional
-        mean as the minimiser.
+        details of each level, coarsest first). With a weight of 0 the conditional mean
+        would no longer be the only minimiser.
       levels: L.
-      band_variance: from `target_band_variance`, for 'equal_variance' alone.
+      band_variance: from `target_band_variance`, only for 'equal_variance'.
 
     Returns:
       1 + 3 levels positive numbers in the order of `band_names`.

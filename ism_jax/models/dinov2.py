@@ -1,8 +1,9 @@
 """DINOv2, whose class token is the feature of FD-DINOv2.
 
 Oquab et al. 2023 (arXiv 2304.07193): a vision transformer with layer scale. Stein et
-al. 2023 (arXiv 2306.04675) use the class token of ViT-L/14 after the last norm, at
-224 x 224 after Pillow's bicubic resize (their program dgm-eval with default options).
+al. 2023 (arXiv 2306.04675) use the class token of ViT-L/14 after the last norm, for
+images resized to 224 x 224 by Pillow's bicubic filter (their program dgm-eval with
+default options).
 """
 
 import dataclasses

@@ -7,8 +7,8 @@ the end of the path at sigma_min, where it is exactly the identity:
     f(x, t) = x + (t_end - t) s(x, t, c, 0, 0),  t_end = 1 / (1 + sigma_min)
 
 (the network's output is a velocity; IMM, arXiv 2503.07565, calls this Euler-FM). It is
-compared at neighbours of a discretisation sigma_1 < ... < sigma_N, with the same data
-and noise:
+compared at neighbouring levels of a discretisation sigma_1 < ... < sigma_N, with the
+same data and noise:
 
     L = E 1 / (sigma_{i+1} - sigma_i) H( f(x_{i+1}, t_{i+1}) - sg f(x_i, t_i) )
     H(e) = sqrt( |e|^2 + c^2 ) - c,  c = 0.00054 sqrt(D)                  (section 3.4)
@@ -89,7 +89,7 @@ class Objective(BaseObjective):
         return jnp.minimum(self.first_intervals * 2.0**stage, self.last_intervals)
 
     def sigmas(self, intervals) -> jax.Array:
-        """Increasing noise levels, [last_intervals + 1], padded by the last one."""
+        """Increasing noise levels, [last_intervals + 1], padded with the last one."""
         position = jnp.minimum(jnp.arange(self.last_intervals + 1.0) / intervals, 1.0)
         low, high = self.sigma_min ** (1 / RHO), self.sigma_max ** (1 / RHO)
         return (low + position * (high - low)) ** RHO
@@ -103,7 +103,7 @@ class Objective(BaseObjective):
     def sample(self, apply, params, noise, label, w, times, steps, key):
         del w  # No guidance.
         jump = lambda x, t: self.jump(apply, params, x, t, label)
-        # x_t at the start time without the data, of weight 1 / (1 + sigma_max).
+        # x_t at the start time, without the data: its weight is 1 / (1 + sigma_max).
         first = (1 - self.start_time) * noise
         return self.restart(jump, first, label, times, steps, key)
 

@@ -16,7 +16,8 @@ to s:
 The paper scales data to a standard deviation sigma_d = 0.5 and noise with it. Here
 noise has standard deviation 1, so the formulas hold in units of sigma_d; `data_std` is
 that of the data in these units (1 in the paper) and enters only
-c_in(a) = 1 / sqrt((1 - a)^2 data_std^2 + a^2). In the paper, M = 1 and 2 collapse.
+c_in(a) = 1 / sqrt((1 - a)^2 data_std^2 + a^2). In the paper, training
+collapses with M = 1 or 2.
 
 Samplers: 'pushforward' jumps from each time to the next; 'restart' jumps to the data
 and adds noise up to the next time. Both apply classifier-free guidance where w > 0: two

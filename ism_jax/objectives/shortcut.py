@@ -12,7 +12,7 @@ with s' the target EMA and, at the levels that `cfg_levels` names, classifier-fr
 guidance G[s'](c) = s'(null) + (1 + w) (s'(c) - s'(null)); at other levels G[s'] = s'.
 Training fixes w. With 'finest', as in the official code, guidance enters once, in steps
 of 1/128, and coarser steps inherit it. With 'all' it is applied at every doubling and
-compounds to a scale of (1 + w) ** log2(N) in a step of N finest ones (iSM, arXiv
+compounds to (1 + w) ** log2(N) in a step as long as N finest steps (iSM, arXiv
 2510.21250, proposition 1). As in the official code, the null label itself is never
 bootstrapped: its long steps are learned only as far as the network generalises.
 
@@ -22,7 +22,7 @@ w, as the official code does in its evaluation during training.
 
 Differences from the official code: bootstrapped and flow-matching samples are always
 different images, and every image of the batch is used. The official target EMA has the
-decay 0.999; here it is a config field of the training.
+decay 0.999; here it is a config field.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Objective(BaseObjective):
     label_dropout: float = option(
         0.1, 'probability that a label becomes null, in flow matching'
     )
-    bootstrap_every: int = option(8, 'one in this number of samples is bootstrapped')
+    bootstrap_every: int = option(8, 'one in this many samples is bootstrapped')
     base_steps: int = option(128, '1 / the finest step size, a power of two')
     guidance: float = option(0.5, 'guidance scale w in the targets; 0 for none')
     cfg_levels: Literal['finest', 'all'] = option(

@@ -1,7 +1,7 @@
-"""Starts and ends the commands: bad input gives one line and exit code 2.
+"""Starts and ends the commands: bad input prints one line and exits with 2.
 
-Exit codes: 0 for success, 2 for bad input, 1 for other expected errors, 75 when a
-signal requested a stop and everything is saved (the same command resumes), 130 if that
+Exit codes: 0 for success, 2 for bad input, 1 for other expected errors, 75 if a signal
+requested a stop and everything is saved (the same command resumes), 130 if the signal
 was Ctrl-C.
 """
 
@@ -29,13 +29,13 @@ def run(
     """Parses the flags, runs a command and ends the process.
 
     Args:
-      main: the command; takes the subcommand if there are `commands`. Reads its flags
-        itself.
+      main: the command, which reads its flags itself; it takes the subcommand if there
+        are `commands`.
       *expected: errors that are printed in one line, in addition to ValueError and
         `preemption.Preempted`.
       topics: what `--help=TOPIC` prints, by topic.
-      commands: subcommands; the first argument must be one of them. A '' among them
-        makes it optional.
+      commands: subcommands; the first argument must be one of them. Including '' makes
+        it optional.
     """
     topics = topics or {}
 
@@ -78,7 +78,7 @@ def guard(
             print(error, file=sys.stderr)
             distributed.leave(error.exit_code)
         except (ValueError, *expected) as error:
-            # JAX raises ValueError too when it has lost another process.
+            # JAX also raises ValueError when it loses another process.
             package = Path(__file__).parents[1]
             several = jax.distributed.is_initialized()
             if several and not distributed.is_raised_by(error, package):
@@ -97,7 +97,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; a mistake ends the process with one line and exit code 2."""
     try:
         rest = flags.FLAGS(argv)
-        # A config file that cannot be read raises only when it is used.
+        # An unreadable config file raises only when it is used.
         hasattr(getattr(flags.FLAGS, 'config', None), 'keys')
         return rest
     except (flags.Error, OSError, AttributeError, KeyError) as error:
@@ -155,7 +155,7 @@ def required_config(config):
 
 
 def parse_numbers(text: str, kind) -> tuple:
-    """Numbers of '1,2,4'.
+    """The numbers in '1,2,4'.
 
     Args:
       text: comma-separated.
@@ -173,5 +173,5 @@ def parse_numbers(text: str, kind) -> tuple:
 
 
 def parse_list(text: str) -> list[str]:
-    """Words of 'a,b,c'."""
+    """The words in 'a,b,c'."""
     return [part.strip() for part in text.split(',') if part.strip()]

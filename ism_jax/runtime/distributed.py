@@ -2,7 +2,7 @@
 
 On a TPU pod, in a SLURM step, under Open MPI or on GKE each process learns its number
 from the environment; elsewhere flags give it. When a process dies, JAX's coordination
-service ends the others, after `--heartbeat_seconds` at most.
+service ends the others within `--heartbeat_seconds`.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,8 +36,8 @@ def define_flags() -> None:
         'distributed',
         'auto',
         KINDS,
-        "Several processes: 'auto' where the environment has them (SLURM, Open MPI, "
-        "GKE); 'on' requires them and also reads a TPU VM's metadata.",
+        "'auto' detects several processes (SLURM, Open MPI, GKE); 'on' requires them "
+        "and also reads a TPU VM's metadata.",
     )
     flags.DEFINE_string(
         'coordinator', None, 'HOST:PORT of process 0, the same for all.'
@@ -132,16 +132,16 @@ def shows_processes(environment: Mapping[str, str]) -> bool:
     """Whether environment variables describe more than one process."""
     counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
     many = any(int(environment.get(name) or 1) > 1 for name in counts)
-    # Set by GKE. Multislice jobs of one host each have the coordinator alone.
+    # Set by GKE. Multislice jobs with one host per slice set only the coordinator.
     hosts = environment.get('TPU_WORKER_HOSTNAMES', '').split(',')
     return many or len(hosts) > 1 or 'MEGASCALE_COORDINATOR_ADDRESS' in environment
 
 
 def first(make: Callable[[], Any]) -> Any:
-    """The first process's `make()`, in all processes; all must call.
+    """Returns the first process's `make()` in all processes; all must call this.
 
     Args:
-      make: returns something that JSON can hold.
+      make: returns a JSON-able value.
 
     Raises:
       ValueError: in all processes, if it is raised in the first.
@@ -177,7 +177,7 @@ def define_share_flags(what: str) -> None:
 
 
 def share_by_flags(values) -> dict[str, Any]:
-    """Arguments of work that processes share, each on its own devices.
+    """Arguments for work that is split among processes.
 
     Returns:
       `process_index`, `process_count`, and `wait`: whether the first process may wait
@@ -210,9 +210,9 @@ def check_shared(folder: Path) -> None:
     first(lambda: (folder / name).unlink())
     if not np.all(sees):
         raise ValueError(
-            f'processes {np.flatnonzero(~np.ravel(sees)).tolist()} do not see '
-            f'{folder} as the first does; give a --workdir on a file system that all '
-            'of them share'
+            f'processes {np.flatnonzero(~np.ravel(sees)).tolist()} do not see the same '
+            f'{folder} as the first; give a --workdir on a file system that all of '
+            'them share'
         )
 
 
@@ -223,7 +223,7 @@ def wait_until(done: Callable[[], bool]) -> None:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of a distributed array, in each process; all must call."""
+    """The whole distributed array, in each process; all must call this."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -261,7 +261,7 @@ def fail(error: BaseException) -> None:
 
 
 def is_raised_by(error: BaseException, package: str) -> bool:
-    """Whether an error was raised by code in a folder, not by what that calls."""
+    """Whether an error was raised by code in a folder, not by code that it calls."""
     frame = error.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 # sysexits.h's EX_TEMPFAIL, "try again": the same command resumes the run.
 EXIT_CODE = 75
-# The exit code of a program that Ctrl-C ended, as shells have it.
+# The exit code that shells report for a program ended by Ctrl-C.
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -47,7 +47,7 @@ class Requests:
             kinds = [signal.SIGINT, signal.SIGTERM]
             self._previous = {k: signal.signal(k, self._notice) for k in kinds}
         else:
-            # JAX's service handles SIGTERM; Ctrl-C is passed on as that.
+            # JAX's service handles only SIGTERM, so Ctrl-C becomes SIGTERM.
             pass_on = lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)
             self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, pass_on)}
         return self
@@ -76,10 +76,10 @@ class Requests:
         """
         self._at_once = True
         if self._signal is not None:
-            raise self.error('everything was saved before')
+            raise self.error('everything was already saved')
 
     def error(self, what: str) -> Preempted:
-        """The exception to raise once `what` is done."""
+        """The exception to raise; `what` states what is saved."""
         name = 'SIGTERM' if self._signal is None else self._signal.name
         code = EXIT_CODE
         if self._signal == signal.SIGINT:
@@ -99,4 +99,4 @@ class Requests:
             return
         self._signal = signal.Signals(number)
         if self._at_once:
-            raise self.error('everything was saved before')
+            raise self.error('everything was already saved')

@@ -1,4 +1,4 @@
-"""Device meshes and shardings: axis `data` splits batches, `fsdp` parameters too.
+"""Device meshes and shardings: axis `data` splits batches, `fsdp` also parameters.
 
 Batches are split over both axes. Parameters, optimizer state and EMA weights follow
 one rule on their shapes: the largest dimension that `fsdp` divides is split over
@@ -77,7 +77,7 @@ def constrain_batch(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
     split their features, which moves far more data than gathering the parameters.
 
     Args:
-      x: any array with the batch in front.
+      x: any array whose first axis is the batch.
       mesh: `(data, fsdp)`; None for the identity. A batch that the mesh does not
         divide, such as that of an initialisation, is left to the partitioner.
     """
@@ -92,7 +92,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def replicate(tree, mesh: jax.sharding.Mesh):
-    """Copies a tree that is equal in all processes to all devices of the mesh."""
+    """Copies a tree, the same in all processes, to all devices of the mesh."""
     return jax.jit(_identity, out_shardings=replicated(mesh))(tree)
 
 

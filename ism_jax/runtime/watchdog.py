@@ -12,7 +12,7 @@ class Watchdog:
     code. It reports repeatedly and never ends the process.
 
     Args:
-      seconds: the longest that a step may take, the first one (which compiles) too; 0
+      seconds: the longest that a step may take, including the first, which compiles; 0
         for no limit.
     """
 

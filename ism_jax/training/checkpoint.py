@@ -1,9 +1,9 @@
-"""Checkpoints, with Orbax: asynchronous, atomic, the last and the best kept.
+"""Orbax checkpoints: asynchronous and atomic; the last and the best are kept.
 
-A checkpoint has four items: `state` (all that a step changes, without the inference
-EMA), `infer` (the inference EMA alone, so that sampling reads nothing else), `data`
-(the position of the iterator) and `config`; and `checksums.json`. `run.json`, next to
-the checkpoints, holds what else sampling needs.
+A checkpoint has `checksums.json` and four items: `state` (all that a step changes
+except the inference EMA), `infer` (only the inference EMA, so that sampling reads
+nothing else), `data` (the position of the iterator) and `config`. `run.json`, next to
+the checkpoints, holds everything else that sampling needs.
 """
 
 from collections.abc import Callable
@@ -108,7 +108,7 @@ class Checkpointer:
                     data=ocp.args.JsonSave(data_state),
                     config=ocp.args.JsonSave(config),
                 ),
-                # Comparisons with NaN are false, so that it could pass for the best.
+                # Comparisons with NaN are false, so NaN could pass for the best.
                 metrics={'score': score if math.isfinite(score) else 1e30},
             )
         except Exception as error:  # Of Orbax, TensorStore or the system.
@@ -141,7 +141,7 @@ class Checkpointer:
         left = self._manager.all_steps()
         self._log(
             f'checkpoint {step} could not be saved ({reason}); '
-            + (f'those of {sorted(left)} stay' if left else 'there is no earlier one')
+            + (f'checkpoints {sorted(left)} remain' if left else 'there is none so far')
             + ', and the next save tries again'
         )
         if self._failures >= MAX_FAILED_SAVES:
@@ -249,19 +249,19 @@ class _Sealing:
             raise self._error
 
     def abandon(self) -> None:
-        """Gives up: there will be no such checkpoint."""
+        """Gives up, because the save failed."""
         self._given_up.set()
 
 
 def set_aside_damaged(workdir, log: Callable[[str], Any] = print) -> None:
     """Moves damaged checkpoints away, from the latest back to the first good one.
 
-    They go to `damaged_checkpoints`; nothing is deleted. One process calls it, before a
-    `Checkpointer` is made.
+    They go to `damaged_checkpoints`; nothing is deleted. Only one process calls this,
+    before it makes a `Checkpointer`.
     """
     for step in reversed(saved_steps(workdir)):
         folder = checkpoint_folder(workdir) / str(step)
-        # Without checksums, only restoring shows damage.
+        # Without checksums, only restoring reveals damage.
         if not checksums.is_written(folder):
             return
         problems = checksums.problems(folder)
@@ -293,7 +293,7 @@ def write_run(workdir, config: dict, source) -> None:
 
 
 def read_run(workdir) -> dict | None:
-    """The content of `run.json`, None where there is no run."""
+    """The content of `run.json`; None if there is no run."""
     path = Path(workdir) / 'run.json'
     return json.loads(path.read_text()) if path.exists() else None
 

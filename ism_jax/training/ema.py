@@ -1,8 +1,8 @@
 """Exponential moving averages of parameter trees (twin EMA).
 
 The train state has two of them: the target EMA (`target`, decay 0.95) makes the targets
-of guidance and self-consistency, the inference EMA (`infer`, 0.9999) is sampled from
-(iSM, arXiv 2510.21250, section 4.4). Shortcut models use one slow EMA for both, whose
+of guidance and self-consistency, and sampling uses the inference EMA (`infer`, 0.9999;
+iSM, arXiv 2510.21250, section 4.4). Shortcut models use one slow EMA for both, whose
 targets lag far behind the network.
 """
 

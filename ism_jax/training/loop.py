@@ -42,7 +42,7 @@ class Intervals:
     grid: int
 
     def is_due(self, name: str, step: int) -> bool:
-        """Whether `name` is due after `step` steps; a run ends with logs and saves."""
+        """Whether `name` is due after `step` steps; the last step logs and saves."""
         every = getattr(self, name)
         return bool(every) and (
             step % every == 0 or (step == self.end and name != 'grid')
@@ -205,8 +205,8 @@ def save(
       loader: its position is saved.
       config: config of the run, JSON-able.
       scorer: a `SampleScorer`, or None.
-      samples: number of samples of the score, the Frechet distance in 4 steps without
-        guidance; with 0, or without a scorer, the score is the mean loss.
+      samples: number of samples for the score, the Frechet distance in 4 steps without
+        guidance; if 0, or without a scorer, the score is the mean loss.
       progress: reports the score.
       hurry: skips the score, and returns only when everything is saved.
     """
@@ -237,7 +237,7 @@ def draw_grids(
     progress: Progress,
     on_samples: Callable[[int, int, np.ndarray], Any] | None,
 ) -> None:
-    """Records grids of samples of fixed noise, one for each number of steps."""
+    """Records grids of samples from fixed noise, one for each number of steps."""
     labels = np.tile(np.arange(columns) % num_classes, 4)
     for number in steps:
         batches = sampler.batches(

@@ -1,4 +1,4 @@
-"""Reports of a run for people: a progress bar or lines, TensorBoard, and grids."""
+"""Reports on a run: a progress bar or lines of text, TensorBoard, and image grids."""
 
 import contextlib
 import os
@@ -73,7 +73,7 @@ class Progress:
             tqdm.tqdm.write(text)
 
     def step(self, metrics: dict) -> None:
-        """Takes a step's metrics, which may still be computed."""
+        """Takes a step's metrics, which may not be computed yet."""
         self._pending.append(metrics)
         if self._writes:
             self._bar.update()
@@ -130,7 +130,7 @@ class Progress:
         self._record(self._writer.write_images, step, {name: picture[None]})
 
     def close(self) -> None:
-        """Ends the bar and the event file."""
+        """Closes the bar and the event file."""
         if self._writes:
             self._bar.close()
             self._record(self._writer.flush)

@@ -72,7 +72,7 @@ def create(
 
 
 def start_from(state: TrainState, modules: dict[str, Any], shardings) -> TrainState:
-    """A fresh state whose parameters and EMAs have other values.
+    """The fresh state with its parameters and EMAs replaced.
 
     Args:
       state, shardings: see `create`.

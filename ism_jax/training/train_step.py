@@ -44,8 +44,8 @@ def train_step(
       objective, distance: see `ism_jax.objectives.base`.
       tx: optimizer.
       accumulate: number of equal parts of the batch whose gradients are averaged.
-      target_decay, infer_decay, ema_warmup: see `ism_jax.training.ema`; the warm-up is
-        of the inference EMA.
+      target_decay, infer_decay, ema_warmup: see `ism_jax.training.ema`; only the
+        inference EMA is warmed up.
       num_steps: number of training steps, for objectives with a curriculum.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Assigns rows to columns by an auction, for nearly the largest total value."""
+"""Assigns rows to columns by an auction, nearly maximising the total value."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,17 @@ import jax.numpy as jnp
 # A bid exceeds the second best offer by this much. It bounds the distance of the total
 # from the optimum, per row, in the units of the values.
 INCREMENT = 0.02
-# Rows that bid in a round. Fewer need more rounds; more waste bids on equal columns.
+# Rows that bid in a round. Fewer need more rounds; more waste bids on the same column.
 BIDDERS = 8
-# Bound on the rounds. The auction ends without it, but slowly where many rows are equal
-# (hundreds of identical images); rows left without a column are then paired in order.
+# Bound on the rounds; rows then left without a column are paired in order. Without it
+# the auction would end slowly if many rows are equal (hundreds of identical images).
 ROUNDS_PER_ROW = 16
 
 
 def argmax(x: jax.Array, axis: int) -> jax.Array:
     """Index of the first maximum, int32; on XLA's CPU backend faster than `jnp.argmax`.
 
-    XLA vectorises the two reductions and not the one of `jnp.argmax`.
+    XLA vectorises these two reductions, but not the one in `jnp.argmax`.
     """
     size = x.shape[axis]
     number = jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
@@ -34,7 +34,7 @@ def auction(
     raises the price until the second best column would be as good, plus `INCREMENT`.
     The highest bidder gets the column at that price, and the former owner bids next.
 
-    From any prices the total value is within `INCREMENT` per row of the optimum
+    From any initial prices the total value is within `INCREMENT` per row of the optimum
     (Bertsekas, "Auction algorithms for network flow problems: a tutorial introduction",
     1992). From Sinkhorn's prices, few bids are needed.
 

@@ -27,8 +27,8 @@ def solve_classes(
     one of the two branches runs.
 
     Args:
-      solve: `solve(noise, data, group, key, num_groups)`, which couples points of equal
-        group; see `coupling.solve`.
+      solve: `solve(noise, data, group, key, num_groups)`, which couples points of the
+        same group; see `coupling.solve`.
       noise: [n, D].
       data: [n, D].
       labels: [n] integers; a point with a label outside [0, num_classes) is paired with

@@ -138,7 +138,7 @@ def _flippable(size):
     return array_source.ArraySource('random', images, np.arange(size) % 2, ['a', 'b'])
 
 
-def test_half_of_the_images_are_flipped_and_others_in_each_epoch(make_loader):
+def test_each_epoch_flips_a_different_half_of_the_images(make_loader):
     source = _flippable(200)
     loader = make_loader(source, batches=10, batch_size=20, flip=True, seed=1)
     plain = make_loader(source, batches=10, batch_size=20, flip=False, seed=1)
@@ -314,7 +314,7 @@ def test_grouped_pools_hold_few_classes_and_every_image(make_loader):
     plain = _take(make_loader(source, **options), 24)
     stream = np.concatenate([_large_indices(pool).ravel() for pool in grouped])
     for epoch in (stream[:3000], stream[3000:6000]):
-        # A pool may straddle two epochs, and is shuffled in itself.
+        # A pool may straddle two epochs, and its images are shuffled.
         assert len(np.intersect1d(epoch, np.arange(3000))) >= 3000 - 256
     assert (np.bincount(stream[: 256 * 23]) >= 1).all()
     assert np.bincount(stream, minlength=3000).max() <= 3

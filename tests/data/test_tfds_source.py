@@ -24,7 +24,7 @@ def test_small_images_are_padded(tmp_path, make_loader):
         record = source[index]
         image = record['image']
         assert image.dtype == np.uint8 and record['label'].dtype == np.int32
-        # Padded, not scaled, as the other sources of digits are.
+        # Padded, not scaled, like the other digits.
         expected = np.zeros((32, 32, 1))
         expected[2:-2, 2:-2] = 20 * int(record['label']) + 10
         np.testing.assert_array_equal(image, expected)

@@ -256,7 +256,7 @@ def test_damaged_and_foreign_npz_files_are_refused(tmp_path, make_network):
         load(path, network)
     for sigma in (np.full((5, 5), np.nan), np.triu(np.ones((5, 5)))):
         _adm(path, sigma=sigma)
-        with pytest.raises(ValueError, match='not finite .* symmetric'):
+        with pytest.raises(ValueError, match='expected finite .* symmetric'):
             load(path, network)
     _adm(path, sigma=None)
     with pytest.raises(ValueError, match='mu without sigma'):

@@ -12,7 +12,7 @@ from ism_jax.models import dinov2
 @pytest.mark.parametrize('offset', [dinov2_weights.POSITION_OFFSET, 0.0])
 @pytest.mark.parametrize('stored, grid', [(37, 16), (4, 16)])
 def test_positions_are_interpolated_as_in_pytorch(stored, grid, offset):
-    torch = pytest.importorskip('torch', reason='the other side of the comparison')
+    torch = pytest.importorskip('torch', reason='the reference')
     positions = np.random.default_rng(0).normal(size=(1 + stored**2, 5)).astype('f')
     square = torch.from_numpy(positions[1:].reshape(1, stored, stored, 5))
     scale = (grid + offset) / stored  # As in the code of DINOv2's authors.

@@ -119,15 +119,15 @@ def _truncate(path):
         ('model.safetensors', Path.unlink, 'there is no model.safetensors'),
         ('config.json', Path.unlink, 'there is no config.json'),
         ('model.safetensors', _truncate, 'model.safetensors cannot be read .* trunc'),
-        ('model.safetensors', _damage_tensor, 'model.safetensors is not as it was wri'),
+        ('model.safetensors', _damage_tensor, 'model.safetensors has changed since'),
         (
             'model.safetensors',
             lambda path: save(path, {'a': np.ones(3, 'f')}),
             "has the format None, .* instead of 'ism_jax'",
         ),
         ('model.safetensors', _edit_version, "version '2', instead of .* version '1'"),
-        ('config.json', _edit_heads, 'config.json is not as it was written'),
-        ('config.json', _truncate, 'config.json is not as it was written'),
+        ('config.json', _edit_heads, 'config.json has changed since the export'),
+        ('config.json', _truncate, 'config.json has changed since the export'),
     ],
 )
 def test_damaged_foreign_and_edited_files_are_rejected(

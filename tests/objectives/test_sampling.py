@@ -106,7 +106,7 @@ FINEST = {
 
 @pytest.mark.parametrize('name', FINEST)
 def test_finest_steps_converge_to_the_exact_map(name):
-    """First order in the step size; for SM and iSM this is the finest level alone.
+    """First order in the step size; for SM and iSM this is only the finest level.
 
     SM does not train a guided velocity: its sampler applies the guidance.
     """

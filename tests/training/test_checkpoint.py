@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, also by a run that is resumed."""
+"""Which checkpoints are kept, even across a resume."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -9,7 +9,7 @@ from ism_jax import config as config_lib
 from ism_jax import train
 
 # Losses of the first steps of `configs/quickstart.py:runlocal`, on one device. They
-# depend on the method, and not on the version of Python or JAX or on the machine.
+# depend on the method, not on the version of Python or JAX or on the machine.
 LOSSES = (
     2.5976, 2.5675, 2.553, 2.5529, 2.5763, 2.5899,
     2.4786, 2.5087, 2.4751, 2.5056, 2.4665, 2.4426,

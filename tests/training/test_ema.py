@@ -1,4 +1,4 @@
-"""EMA updates against a hand recursion."""
+"""EMA updates against a hand-written recursion."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import numpy as np
 from ism_jax.training import ema
 
 
-def test_ema_follows_the_hand_recursion():
+def test_ema_follows_a_hand_written_recursion():
     constant = hand = 1.0
     warm = hand_warm = 1.0
     for n, value in enumerate([2.0, -1.0, 0.5, 3.0]):

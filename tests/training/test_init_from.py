@@ -42,7 +42,7 @@ def small_sit(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def start(small_sit):
-    """Changes of `_config`: a start from the SiT with almost no training.
+    """Changes to `_config`: a start from the SiT with almost no training.
 
     Adam moves every parameter by the learning rate, however small its gradient.
     """

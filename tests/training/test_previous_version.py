@@ -1,8 +1,8 @@
-"""What version 0.1.0 wrote: a run resumes, an export loads.
+"""Files of version 0.1.0: a run resumes, an export loads.
 
 `tests/fixtures/run_of_version_0.1.0.tar.xz` holds a run of eight steps that was cut
-after its checkpoint of step 4 (in the middle of a pool), the network that
-`ism_jax.convert export` made of the whole run, and the losses of all eight steps.
+off after its checkpoint at step 4 (in the middle of a pool), the network that
+`ism_jax.convert export` made from the whole run, and the losses of all eight steps.
 """
 
 import json

@@ -43,7 +43,7 @@ def _config(**changes):
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
-    """Parameters of an undisturbed run."""
+    """Parameters of an uninterrupted run."""
     state = train.train(_config(), tmp_path_factory.mktemp('straight'))
     return jax.tree.map(np.asarray, (state.params, state.opt_state, state.infer))
 
@@ -92,7 +92,7 @@ def wait_for_step(process, step):
 
 @pytest.fixture(scope='module')
 def straight_child(tmp_path_factory):
-    """The same from a child process: other devices round differently."""
+    """An uninterrupted run in a child process, where rounding differs."""
     workdir = tmp_path_factory.mktemp('straight_child') / 'run'
     assert child(_config(), workdir).wait(200) == 0
     return trained_network.load(workdir)
@@ -140,7 +140,7 @@ def test_a_signal_while_scoring_loses_nothing():
     with preemption.Requests() as requests:
         assert not requests.stop_after(1)
         requests.nothing_to_save()
-        with pytest.raises(preemption.Preempted, match='everything was saved before'):
+        with pytest.raises(preemption.Preempted, match='everything was already saved'):
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_set_aside(damage, item, workdir, straight, caps
     _assert_as_straight(state, straight)
 
 
-def test_all_that_are_damaged_are_set_aside(workdir, straight, capsys):
+def test_all_damaged_checkpoints_are_set_aside(workdir, straight, capsys):
     for step in (6, 9):
         flip(_largest(workdir / 'checkpoints' / str(step), 'state'))
     state = _run(workdir)
@@ -259,10 +259,10 @@ def test_a_full_disk_is_reported_and_stops_only_at_the_end(tmp_path, straight):
     )  # fmt: skip
     assert done.returncode == 1, done.stdout
     assert 'checkpoint 6 could not be saved' in done.stdout
-    assert 'those of [3] stay, and the next save tries again' in done.stdout
+    assert 'checkpoints [3] remain, and the next save tries again' in done.stdout
     assert '3 checkpoints in a row could not be saved' in done.stdout, done.stdout
     assert checkpoint.saved_steps(tmp_path / 'run') == [3]
-    # With room again it resumes.
+    # With enough space again, it resumes.
     _assert_as_straight(_run(tmp_path / 'run'), straight)
 
 
@@ -280,7 +280,7 @@ def test_a_run_survives_one_failed_save(tmp_path, straight, monkeypatch, capsys)
     state = _run(tmp_path)
     shown = capsys.readouterr().out
     assert 'checkpoint 6 could not be saved ([Errno 28] No space' in shown
-    assert 'those of [3] stay' in shown
+    assert 'checkpoints [3] remain' in shown
     assert checkpoint.saved_steps(tmp_path) == [3, 9, 12]
     _assert_as_straight(state, straight)
 
@@ -338,7 +338,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f'another run .process {os.getpid()} on'):
             _run(tmp_path)
     _run(tmp_path, 3)
-    # A lock ends with its process, however that ends.
+    # A lock is released however its process ends.
     assert (tmp_path / lock.NAME).exists()
 
 
@@ -362,9 +362,9 @@ def test_a_step_that_hangs_is_reported(tmp_path, monkeypatch):
 
 
 def _chaos(workdir, config, seconds, seed):
-    """Kills, damages and fills the disk at random; returns the number of each.
+    """Kills runs, damages checkpoints and fills the disk at random; returns the counts.
 
-    Ends with an undisturbed run.
+    Ends with an uninterrupted run.
     """
     chosen, counts = random.Random(seed), {}
     end = time.monotonic() + seconds
@@ -372,7 +372,7 @@ def _chaos(workdir, config, seconds, seed):
         what = chosen.choice(['SIGKILL', 'SIGTERM', 'full disk', 'damage'])
         counts[what] = counts.get(what, 0) + 1
         if what == 'damage':
-            # Two are kept, of which at least one stays undamaged.
+            # At least one checkpoint stays undamaged.
             steps = checkpoint.saved_steps(workdir)
             if len(steps) > 1:
                 damage = chosen.choice([flip, truncate, os.remove])
@@ -397,7 +397,7 @@ def _chaos(workdir, config, seconds, seed):
             process.communicate(timeout=120)
             assert process.returncode in (0, preemption.EXIT_CODE, -signal.SIGKILL)
         if process.returncode == 0:
-            break  # It has ended meanwhile.
+            break  # The run has finished.
     last = child(config, workdir)
     output = last.communicate(timeout=600)[0]
     assert last.returncode == 0, output
@@ -427,4 +427,4 @@ def test_chaos(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
         total = {k: total.get(k, 0) + counts.get(k, 0) for k in total | counts}
         runs += 1
-    print(f'\n{runs} runs in {seconds:g} s, all bit for bit as undisturbed: {total}')
+    print(f'\n{runs} runs in {seconds:g} s, all bit for bit as uninterrupted: {total}')

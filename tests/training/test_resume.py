@@ -160,7 +160,7 @@ def test_non_finite_steps_stop_the_run_and_keep_batches(tmp_path):
     config = _config(**{'optimizer.learning_rate': 1e30, 'train.max_skipped_in_row': 3})
     with pytest.raises(loop.NonFiniteError, match='3 steps in a row.*learning rate'):
         train.train(config, tmp_path)
-    # The first of those in a row, and the last.
+    # The batches of the first and the last skipped step.
     first, last = sorted(tmp_path.glob('non_finite_step_*.npz'))
     assert first.stem.endswith('_00000001') and last.stem.endswith('_00000003')
     with np.load(last) as batch:

@@ -95,7 +95,7 @@ def _mix(decay, ema, params):
     return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, ema, params)
 
 
-def test_emas_follow_a_hand_recursion():
+def test_emas_follow_a_hand_written_recursion():
     state, step = _setup()
     target = infer = _host(state.params)
     for n in range(3):
@@ -292,7 +292,7 @@ def test_each_switch_changed_the_loss():
     for on, loss in LOSSES.items():
         for i in range(4):
             other = tuple(not v if j == i else v for j, v in enumerate(on))
-            # Without guidance there is nothing that an interval could limit.
+            # Without guidance the interval has no effect.
             if i == 1 and not on[0]:
                 assert loss == LOSSES[other]
             else:
