@@ -220,7 +220,12 @@ def parts_of_a_pool(
     prefetched.
     """
     candidates = {}
-    if experiment.coupling is not None:
+    if experiment.pairing is not None:
+        labels = np.asarray(pool.labels).reshape(-1)
+        candidates['transport of a pool'] = functools.partial(
+            experiment.pairing, 0, labels, np.zeros(labels.size, bool)
+        )
+    elif experiment.coupling is not None:
         data = pool.data.reshape(-1, *pool.data.shape[2:])
         labels = pool.labels.reshape(-1)
         candidates['transport of a pool'] = functools.partial(

@@ -67,13 +67,14 @@ FIELDS: dict[str, tuple[Any, str]] = {
 
     'transport.enabled': (True, 'pair noise and data by scaling optimal transport'),
     'transport.batches': (32, 'K, number of batches per pool'),
-    'transport.method': ('permutation', "rounding of the transport plan: 'permutation' or 'row_sampling'"),
+    'transport.method': ('permutation', "'permutation' or 'row_sampling' of a pool's transport plan, or 'semidiscrete' (docs/method.md)"),
     # False 39.4 / 20.4 (docs/results.md on its skew); no transport 25.2 / 11.4.
     'transport.per_class': (True, 'open: couple each class separately'),
     # 0.02: 21.1 / 9.9, 0.5: 22.9 / 10.6.
     'transport.epsilon': (0.1, 'open: entropic regularisation, in standard deviations of the cost'),
     'transport.max_iterations': (200, 'largest number of Sinkhorn iterations'),
     'transport.tolerance': (0.05, 'L1 error of the marginals at which Sinkhorn stops; they sum to 1'),
+    'transport.samples_per_point': (128, "'semidiscrete': noise samples per data point to learn its potential from"),
 
     'ema.twin': (True, 'separate target EMA; False uses the inference EMA for targets'),
     # 0.99: 22.8 / 12.0, 0.999: 437 / 431 (self-consistency is not learned).

@@ -59,10 +59,11 @@ RULES = {
     'model.guidance_embedding': _one_of(*sit.GUIDANCE_EMBEDDINGS),
     'wavelet.levels': _at_least(1),
     'transport.batches': _at_least(1),
-    'transport.method': _one_of('permutation', 'row_sampling'),
+    'transport.method': _one_of('permutation', 'row_sampling', 'semidiscrete'),
     'transport.epsilon': _POSITIVE,
     'transport.max_iterations': _at_least(1),
     'transport.tolerance': _POSITIVE,
+    'transport.samples_per_point': _at_least(1),
     'ema.target_decay': _FRACTION,
     'ema.infer_decay': _FRACTION,
     'optimizer.learning_rate': _POSITIVE,
@@ -171,6 +172,12 @@ def _problems(c) -> Iterator[str]:
     yield from _objective_problems(c, objective)
     if c.wavelet.enabled:
         yield from _wavelet_problems(c)
+    transport = c.transport
+    if transport.method == 'semidiscrete' and not transport.per_class:
+        yield (
+            "transport.method = 'semidiscrete' draws the label before the noise, which "
+            'couples each class separately; set transport.per_class = True'
+        )
     if c.optimizer.warmup_steps >= c.train.steps:
         yield (
             f'optimizer.warmup_steps = {c.optimizer.warmup_steps} must be less than '
@@ -503,11 +510,15 @@ def check_source(config, source) -> None:
     Raises:
       ValueError: naming the field.
     """
-    if config.data.classes_per_pool and not hasattr(source, 'labels'):
+    fields = []
+    if config.data.classes_per_pool:
+        fields.append(f'data.classes_per_pool = {config.data.classes_per_pool}')
+    if config.transport.enabled and config.transport.method == 'semidiscrete':
+        fields.append("transport.method = 'semidiscrete'")
+    if fields and not hasattr(source, 'labels'):
         raise ValueError(
-            f'data.classes_per_pool = {config.data.classes_per_pool} needs the labels '
-            f'before the images are read, and {source!r} has none; prepare latents, '
-            'use a folder or set it to 0'
+            f'{" and ".join(fields)} needs the labels before the images are read, and '
+            f'{source!r} has none; prepare latents, use a folder or keep the default'
         )
 
 

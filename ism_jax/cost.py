@@ -181,7 +181,7 @@ def _loss(experiment: Experiment, size: int):
 
 
 def check_memory(experiment: Experiment) -> None:
-    """Rejects a run whose state alone exceeds the memory.
+    """Rejects a run whose state, or data for transport, alone exceed the memory.
 
     Raises:
       ValueError: a device (on CPU, the machine) has too little memory.
@@ -191,7 +191,7 @@ def check_memory(experiment: Experiment) -> None:
     limit = (device.memory_stats() or {}).get('bytes_limit')
     owner, devices = 'each device has', 1
     if limit is None and device.platform == 'cpu':
-        limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+        limit = _machine_bytes()
         owner, devices = 'the machine has', len(mesh.local_devices)
     trees = _trees(experiment).values()
     needed = devices * sum(tree_bytes(tree, mesh) for tree in trees)
@@ -201,6 +201,23 @@ def check_memory(experiment: Experiment) -> None:
             f'{owner} {limit / 2**30:.1f}: make model.hidden_size, model.depth or '
             'model.mlp_ratio smaller, or shard them over more devices with mesh.fsdp'
         )
+    if experiment.is_semidiscrete:
+        _check_points(experiment)
+
+
+def _check_points(experiment: Experiment) -> None:
+    """Rejects a data set that does not fit into this machine as float16."""
+    needed = 2 * len(experiment.source) * math.prod(experiment.image_shape)
+    if needed > _machine_bytes():
+        raise ValueError(
+            f"transport.method = 'semidiscrete' keeps the data in memory, "
+            f'{needed / 2**30:.1f} GiB, but the machine has '
+            f"{_machine_bytes() / 2**30:.1f}: prepare latents, or use 'permutation'"
+        )
+
+
+def _machine_bytes() -> int:
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def format_plan(plan: Plan, tflops: float) -> str:

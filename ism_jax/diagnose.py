@@ -45,7 +45,7 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     network = trained_network.load(workdir, step)
     parts = network.experiment()
     objective = parts.objective
-    noise, data, label, pool_size = _pairs(network.config, samples)
+    noise, data, label, pool_size = _pairs(network.config, samples, workdir)
     subject = Subject(
         method=network.config.objective.name,
         objective=objective,
@@ -67,14 +67,17 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
 def _coupling_name(config, pool_size: int) -> str:
     if not config.transport.enabled:
         return 'independent'
+    if config.transport.method == 'semidiscrete':
+        return 'semidiscrete optimal transport per class'
     scope = 'per class' if config.transport.per_class else 'over all classes'
     return f'optimal transport {scope}, pools of {pool_size:,}'
 
 
-def _pairs(config, samples: int):
+def _pairs(config, samples: int, workdir):
     """Noise, data and labels of at least `samples` pairs, and the pool size."""
     # One device: pairs do not depend on the mesh.
     parts = Experiment(config, mesh=sharding.make_mesh(1, 1, jax.devices()[:1]))
+    parts.restore_potentials(workdir, print)
     batches = parts.pool_batches
     if not config.transport.enabled:
         batches = max(1, math.ceil(samples / config.train.batch_size))

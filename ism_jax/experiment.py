@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from ism_jax import objectives
-from ism_jax.data import pool_loader, sources
+from ism_jax.data import points, pool_loader, sources
 from ism_jax.data.source import Source
 from ism_jax.evaluation.sample_scorer import SampleScorer, score_settings
 from ism_jax.interchange import autoencoder_weights
@@ -19,7 +19,14 @@ from ism_jax.method import loss_distance, random_streams, wavelet
 from ism_jax.models import in_context, sit
 from ism_jax.runtime import sharding
 from ism_jax.sampling.sampler import Sampler
-from ism_jax.training import checkpoint, optimizer, paired_pool, train_state, train_step
+from ism_jax.training import (
+    checkpoint,
+    optimizer,
+    paired_pool,
+    potentials_file,
+    train_state,
+    train_step,
+)
 
 BACKBONES = {'sit': sit.SiT, 'in_context': in_context.InContext}
 
@@ -179,6 +186,7 @@ class Experiment:
             seed=self.config.seed,
             flip=data.flip,
             classes_per_pool=grouped,
+            pairing=self.pairing,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_threads=data.num_threads,
@@ -197,7 +205,12 @@ class Experiment:
         if not options.enabled:
             return None
         # Imported here: OTT takes two seconds to import, and sampling needs none.
-        from ism_jax.transport import coupling
+        from ism_jax.transport import coupling, semidiscrete
+
+        if self.is_semidiscrete:
+            return jax.jit(
+                semidiscrete.couple_pool, out_shardings=sharding.replicated(self.mesh)
+            )
 
         fast, classes = {}, self.config.data.classes_per_pool
         if classes:
@@ -220,6 +233,67 @@ class Experiment:
                 tolerance=options.tolerance,
                 **fast,
             )
+        )
+
+    @property
+    def is_semidiscrete(self) -> bool:
+        """Whether transport pairs noise with the whole data set."""
+        options = self.config.transport
+        return options.enabled and options.method == 'semidiscrete'
+
+    @functools.cached_property
+    def class_points(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """For each class the indices of its data, and the data as points."""
+        members = points.class_members(self.source)
+        threads = self.config.data.num_threads
+        return members, points.read_points(self.source, members, threads)
+
+    def learn_potentials(self) -> tuple[np.ndarray, dict[str, float]]:
+        """Potentials [N] of semidiscrete transport, and how good they are."""
+        from ism_jax.transport import semidiscrete
+
+        members, class_points = self.class_points
+        key = jax.random.key(self.config.seed)
+        by_class, report = semidiscrete.fit_potentials(
+            class_points,
+            random_streams.stream(key, random_streams.POTENTIALS, 0),
+            samples_per_point=self.config.transport.samples_per_point,
+        )
+        potentials = np.empty(len(self.source), np.float32)
+        potentials[np.concatenate(members)] = np.concatenate(by_class)
+        return potentials, report
+
+    @functools.cached_property
+    def potentials(self) -> np.ndarray:
+        """Potentials [N] of semidiscrete transport; a run restores its own."""
+        return self.learn_potentials()[0]
+
+    def restore_potentials(self, workdir, log) -> None:
+        """Uses the potentials of the run in `workdir`, or learns and stores them."""
+        if self.is_semidiscrete:
+            settings = {
+                'source': repr(self.source),
+                'seed': self.config.seed,
+                'samples_per_point': self.config.transport.samples_per_point,
+            }
+            self.potentials = potentials_file.load_or_learn(
+                workdir, settings, self.learn_potentials, log
+            )
+
+    @functools.cached_property
+    def pairing(self):
+        """Chooses the data of a pool for its noise; None but for semidiscrete."""
+        if not self.is_semidiscrete:
+            return None
+        from ism_jax.transport import semidiscrete
+
+        members, class_points = self.class_points
+        return semidiscrete.Pairing(
+            class_points,
+            members,
+            self.potentials,
+            image_shape=self.image_shape,
+            seed_key=jax.random.key(self.config.seed),
         )
 
     def make_sampler(self, batch_size: int | None = None) -> Sampler:

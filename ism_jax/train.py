@@ -52,8 +52,8 @@ def train(
 ) -> train_state.TrainState:
     """Trains a config, from the latest checkpoint in `workdir` if there is one.
 
-    Writes to `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/` and
-    `scores.json`.
+    Writes to `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/`,
+    `scores.json`, and `potentials.npz` with semidiscrete transport.
 
     Args:
       config: see `ism_jax.config`.
@@ -92,6 +92,7 @@ def _train(experiment: Experiment, workdir: Path, held, requests, on_samples):
     config_check.check_devices(config, len(jax.devices()), jax.process_count())
     config_check.check_source(config, experiment.source)
     cost.check_memory(experiment)
+    experiment.restore_potentials(workdir, log)
     state, shardings, origin = trained_network.initial_state(experiment, workdir)
     checkpointer = held.enter_context(experiment.make_checkpointer(workdir, log))
     loader = held.enter_context(contextlib.closing(experiment.make_loader()))

@@ -30,6 +30,11 @@ ROOT = Path(__file__).parent.parent
         ({'wavelet.weighting': '1,2'}, '2 weights'),
         ({'transport.epsilon': 0.0}, 'transport.epsilon = 0.0 must be a positive'),
         ({'transport.method': 'exact'}, 'transport.method'),
+        (
+            {'transport.method': 'semidiscrete', 'transport.per_class': False},
+            "'semidiscrete' draws the label .*set transport.per_class = True",
+        ),
+        ({'transport.samples_per_point': 0}, 'transport.samples_per_point = 0'),
         ({'ema.target_decay': 1.0}, r'ema.target_decay = 1.0 must be in \[0, 1\)'),
         ({'optimizer.learning_rate': float('nan')}, 'optimizer.learning_rate'),
         ({'optimizer.warmup_steps': 10**7}, 'optimizer.warmup_steps'),
@@ -192,11 +197,21 @@ def test_devices_that_do_not_fit_are_refused(change, devices, processes, message
         config_check.check_devices(config, devices, processes)
 
 
-def test_grouping_by_class_needs_labels():
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'data.classes_per_pool': 3}, 'data.classes_per_pool = 3 needs the labels'),
+        (
+            {'transport.method': 'semidiscrete'},
+            "transport.method = 'semidiscrete' needs the labels",
+        ),
+    ],
+)
+def test_sources_without_labels_are_refused(change, message):
     config = config_lib.default()
     source = types.SimpleNamespace()
     config_check.check_source(config, source)
-    config.data.classes_per_pool = 3
-    with pytest.raises(ValueError, match='data.classes_per_pool = 3 needs the labels'):
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=message):
         config_check.check_source(config, source)
     config_check.check_source(config, types.SimpleNamespace(labels=[0]))

@@ -153,3 +153,15 @@ def test_remat_keeps_less():
         sizes = cost.make_plan(config, 8, 1000).bytes_per_device
         kept[remat] = sizes['kept for the backward pass']
     assert kept['full'] < 0.5 * kept['dots'] < 0.25 * kept['none']
+
+
+def test_points_that_exceed_the_memory_are_refused(monkeypatch):
+    config = _get_config('quickstart', 'runlocal')
+    config.model.update(hidden_size=8, num_heads=2)
+    parts = experiment.Experiment(config)
+    needed = 2 * len(parts.source) * 32 * 32
+    monkeypatch.setattr(cost, '_machine_bytes', lambda: needed - 1)
+    cost.check_memory(parts)
+    config.transport.method = 'semidiscrete'
+    with pytest.raises(ValueError, match="'semidiscrete' keeps the data in memory"):
+        cost.check_memory(parts)

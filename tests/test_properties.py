@@ -48,7 +48,7 @@ WORDS = {
     'objective.tangent': ('boundary', 'head'),
     'objective.time_draw': ('uniform', 'logit_normal'),
     'optimizer.schedule': tuple(optimizer.SCHEDULES),
-    'transport.method': ('permutation', 'row_sampling', 'independent'),
+    'transport.method': ('permutation', 'row_sampling', 'semidiscrete', 'no'),
     'wavelet.name': ('haar', 'db2', 'bior1.3', 'sym4', 'gaus1'),
     'wavelet.weighting': ('equal', 'equal_variance', '1', '1,1,1,1', 'nan,1,1,1'),
     'objective.name': tuple(objectives.names()),

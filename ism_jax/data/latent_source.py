@@ -99,6 +99,9 @@ class LatentSource(source.Source):
         latent = self.sample_posterior(record, flip=flip, random=random())
         return latent, np.int32(record.label)
 
+    def mean_example(self, index):
+        return (self[index].mean[0] - self._mean) * self._scale
+
     def sample_posterior(
         self, record: latents.Record, *, flip: bool, random: np.random.Generator
     ) -> np.ndarray:

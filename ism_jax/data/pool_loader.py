@@ -8,6 +8,7 @@ step, with any number of processes.
 
 from collections.abc import Callable
 import functools
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -64,6 +65,10 @@ class PoolLoader:
         K M / classes_per_pool images, so that transport within a class has candidates;
         0 shuffles freely. The pool is still split into batches at random. Needs
         `source.labels`.
+      pairing: chooses the images of a pool for its noise: `pairing(number, labels,
+        flip)` returns indices [K M] of images of the given classes [K M]. The order of
+        the data then only determines the labels. Needs `source.labels`; its `repr`
+        identifies it. None for the images in order.
       process_index: this process holds the `process_index`-th part of each batch.
       process_count: number of equal parts of consecutive rows.
       num_threads: reading threads; each reads one batch at a time.
@@ -83,6 +88,7 @@ class PoolLoader:
         seed: int,
         flip: bool = False,
         classes_per_pool: int = 0,
+        pairing: Callable[[int, np.ndarray, np.ndarray], np.ndarray] | None = None,
         process_index: int = 0,
         process_count: int = 1,
         num_threads: int = 2,
@@ -100,13 +106,17 @@ class PoolLoader:
         self._seed = seed
         self._flip = flip
         self._classes_per_pool = classes_per_pool
+        self._pairing = pairing
         self._read_options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=prefetch * batches
         )
         # Keeps as many epochs and pools as the threads may read from at once.
         epochs = num_threads * batch_size // self._size + 2
         self._order = functools.lru_cache(epochs)(self._order)
-        self._deal = functools.lru_cache(num_threads // batches + 2)(self._deal)
+        pools = num_threads // batches + 2
+        self._deal = functools.lru_cache(pools)(self._deal)
+        self._paired = functools.lru_cache(pools)(self._paired)
+        self._pairing_lock = threading.Lock()
         self._next_pool = 0
         # Opened by the first `next`, so that a `seek` before it reads nothing unused.
         self._iterator = None
@@ -161,6 +171,7 @@ class PoolLoader:
             'seed': self._seed,
             'flip': self._flip,
             'classes_per_pool': self._classes_per_pool,
+            'pairing': repr(self._pairing),
             'source': repr(self.source),
         }
 
@@ -171,7 +182,8 @@ class PoolLoader:
           ValueError: the data or settings differ; the message lists the differences.
         """
         own = self.get_state()
-        state = {'classes_per_pool': 0} | state  # Older checkpoints lack it.
+        # Older checkpoints lack these.
+        state = {'classes_per_pool': 0, 'pairing': repr(None)} | state
         differing = [
             f'{name}: {state.get(name)!r} -> {own[name]!r}'
             for name in own
@@ -199,8 +211,7 @@ class PoolLoader:
         """Example `number` of this process, counted over its rows of all batches."""
         batch, row = divmod(int(number), self._rows)
         position = batch * self._batch_size + self._first_row + row
-        index = self._index(position)
-        flip = self._flip and bool(_coin(self._seed, position))
+        index, flip = self._index(position), self._is_flipped(position)
         random = functools.partial(_posterior_generator, self._seed, position)
         draw = functools.partial(self.source.draw, index, flip=flip, random=random)
         return self._retried(draw, index)
@@ -227,8 +238,27 @@ class PoolLoader:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
+    def _is_flipped(self, position: int) -> bool:
+        return self._flip and bool(_coin(self._seed, position))
+
     def _index(self, position: int) -> int:
         """Index of the image at a position of the stream."""
+        if self._pairing is None:
+            return self._index_in_order(position)
+        pool, place = divmod(position, self.batches * self._batch_size)
+        with self._pairing_lock:  # The first thread computes, others wait for it.
+            return int(self._paired(pool)[place])
+
+    def _paired(self, pool: int) -> np.ndarray:
+        """[K M] indices of the images of a pool, as the pairing chooses them."""
+        size = self.batches * self._batch_size
+        positions = range(pool * size, (pool + 1) * size)
+        labels = self.source.labels[[self._index_in_order(p) for p in positions]]
+        flip = np.array([self._is_flipped(p) for p in positions])
+        return self._pairing(pool, labels, flip)
+
+    def _index_in_order(self, position: int) -> int:
+        """Index of the image at a position of the shuffled epochs."""
         if self._classes_per_pool:
             # Chunks of one class are consecutive, so each pool is shuffled again.
             size = self.batches * self._batch_size

@@ -82,6 +82,10 @@ class Source:
         """Example `index` without a flip, float32 [H, W, C], for statistics."""
         return pixels.to_float(self.draw(index, flip=False, random=lambda: random)[0])
 
+    def mean_example(self, index: int) -> np.ndarray:
+        """Example `index` without a flip or sampling, float32 [H, W, C]."""
+        return pixels.to_float(self[index]['image'])
+
     def name_of(self, index: int) -> str:
         """The name of image `index` by which a user can find it."""
         return f'image {index} of {self!r}'

@@ -9,7 +9,7 @@ Sample grids have their own stream, SAMPLES. If they drew from `key(seed)` itsel
 import jax
 
 # Domains of randomness. Their order is fixed: a checkpoint resumes with the same draws.
-INIT, OBJECTIVE, NOISE, SAMPLES = range(4)
+INIT, OBJECTIVE, NOISE, SAMPLES, POTENTIALS = range(5)
 
 
 def stream(seed_key: jax.Array, domain: int, number: int | jax.Array) -> jax.Array:

@@ -202,9 +202,54 @@ def test_seek_is_the_position_of_an_uninterrupted_run(make_loader):
         np.testing.assert_array_equal(pool.images, pools[number].images)
 
 
+class _Pairing:
+    """Chooses images of the given classes, of four; remembers its calls."""
+
+    def __init__(self):
+        self.calls = {}
+
+    def __repr__(self):
+        return 'Pairing(by number)'
+
+    def __call__(self, number, labels, flip):
+        assert number not in self.calls, 'a pool is paired twice'
+        self.calls[number] = labels, flip
+        return self.choose(number, labels)
+
+    def choose(self, number, labels):
+        return labels + 4 * ((number + np.arange(len(labels))) % 10)
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_pairing_chooses_the_images(make_loader, count):
+    images = _flippable(40).images
+    source = array_source.ArraySource('random', images, np.arange(40) % 4, 'abcd')
+    in_order = _take(make_loader(source, flip=True), 4)
+    for rank in range(count):
+        pairing = _Pairing()
+        loader = make_loader(
+            source, flip=True, process_index=rank, process_count=count, pairing=pairing
+        )
+        rows = slice(rank * 8 // count, (rank + 1) * 8 // count)
+        for number, pool in enumerate(_take(loader, 4)):
+            labels, flip = pairing.calls[number]
+            # The order of the data gives the labels, of all processes.
+            np.testing.assert_array_equal(labels, in_order[number].labels.ravel())
+            chosen = images[pairing.choose(number, labels)]
+            chosen[flip] = chosen[flip, :, ::-1]
+            chosen = chosen.reshape(2, 8, 4, 4, 1)[:, rows]
+            np.testing.assert_array_equal(
+                np.rint((pool.images + 1) * 127.5).astype(np.uint8), chosen
+            )
+            np.testing.assert_array_equal(
+                pool.labels, labels.reshape(2, 8).astype(np.int32)[:, rows]
+            )
+
+
 @pytest.mark.parametrize(
     'options,message',
     [
+        (dict(pairing=_Pairing()), 'pairing: .None. -> .Pairing.by number'),
         (dict(seed=4), 'seed: 3 -> 4'),
         (dict(batches=3), 'batches: 2 -> 3'),
         (dict(batch_size=4), 'batch_size: 8 -> 4'),

@@ -192,6 +192,24 @@ def test_one_signal_stops_all_and_one_process_resumes(tmp_path, alone):
     _assert_as_alone(workdir, [output, one.stdout], alone)
 
 
+def test_processes_share_the_potentials_that_the_first_learned(tmp_path):
+    flags = {'transport.method': 'semidiscrete', 'transport.samples_per_point': 4}
+    losses = []
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        # The coordinator's flags work for a single process, too.
+        processes = Processes(count, _flags(workdir, flags), tmp_path)
+        assert processes.wait() == [0] * count, processes.text()
+        output = processes.logs[0].read_text()
+        assert 'learned 5,000 potentials' in output
+        assert not any('learned' in log.read_text() for log in processes.logs[1:])
+        losses.append(_losses(output))
+    assert len(losses[0]) == STEPS and losses[0].keys() == losses[1].keys()
+    np.testing.assert_allclose(
+        list(losses[0].values()), list(losses[1].values()), rtol=2e-4
+    )
+
+
 def test_bad_input_is_reported_by_all(tmp_path):
     flags = _flags(tmp_path / 'run', {'train.batch_size': 30})
     two = Processes(2, flags, tmp_path)
