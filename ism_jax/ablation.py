@@ -276,17 +276,16 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
     """Scores the inference EMA of a trained run; one record per number of steps."""
     run = trained_network.load(folder)
     # All runs, at any seed, share the real images and the classifier.
-    sampler = run.experiment().make_sampler()
-    scorer = SampleScorer(
-        make_source(run.config), sampler, cache_dir=folder.parent, seed=0
-    )
+    experiment = run.experiment()
+    sampler, source = experiment.make_sampler(), make_source(run.config)
+    scorer = SampleScorer(source, sampler, cache_dir=folder.parent, seed=0)
     started = time.time()
     records = score(
         scorer,
         run.params,
         steps=run.config.sample.steps,
         guidance=run.config.sample.guidance,
-        intervals=INTERVALS if sampler.conditions_on_interval else (),
+        intervals=INTERVALS if experiment.objective.conditions_on_interval else (),
         samples=run.config.scores.samples,
         seed=run.config.seed,
     )

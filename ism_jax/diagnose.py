@@ -45,6 +45,7 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     network = trained_network.load(workdir, step)
     parts = network.experiment()
     objective = parts.objective
+    apply = objective.at_interval(parts.apply)
     noise, data, label, pool_size = _pairs(network.config, samples, workdir)
     subject = Subject(
         method=network.config.objective.name,
@@ -52,7 +53,7 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
         sampler=parts.make_sampler(min(network.config.sample.batch_size, samples)),
         parameter_sets=trained_network.load_parameter_sets(workdir, network),
         apply=jax.jit(
-            lambda params, *inputs: objective.velocity(parts.apply, params, *inputs)
+            lambda params, *inputs: objective.velocity(apply, params, *inputs)
         ),
         noise=noise,
         data=data,

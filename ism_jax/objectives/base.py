@@ -108,6 +108,24 @@ class BaseObjective(abc.ABC):
 
         return jax.lax.scan(body, (x, key), (times, steps))[0][0]
 
+    def at_interval(self, apply, interval=None):
+        """The network at a guidance interval, as a function of its other inputs.
+
+        Args:
+          apply: the network.
+          interval: start and end time of guidance; None for the method's default.
+        """
+        if not self.conditions_on_interval:
+            return apply
+        if interval is None:
+            interval = (self.guidance_interval, 1.0)
+
+        def conditioned(params, x, *rest):
+            interval_of_each = jnp.broadcast_to(jnp.asarray(interval), (len(x), 2))
+            return apply(params, x, *rest, interval_of_each)
+
+        return conditioned
+
     def schedule(self, steps: int | Sequence[float]) -> tuple[float, ...]:
         """Step sizes from noise to data.
 

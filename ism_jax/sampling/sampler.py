@@ -40,7 +40,6 @@ class Sampler:
     Attributes:
       image_shape, batch_size: see above.
       schedule: see `BaseObjective.schedule`.
-      conditions_on_interval: whether the network takes a guidance interval.
       deterministic: whether the method adds no noise between steps, so that
         `trajectory` and `final` work.
     """
@@ -58,16 +57,11 @@ class Sampler:
         self.batch_size = batch_size
         self.schedule = objective.schedule
         self.deterministic = objective.deterministic
-        self.conditions_on_interval = objective.conditions_on_interval
         self._interval = (objective.guidance_interval, 1.0)
 
         def sample_from(params, noise, label, w, interval, times, steps, key):
-            conditioned = apply
-            if self.conditions_on_interval:
-                conditioned = _with_interval(apply, interval)
-            return objective.sample(
-                conditioned, params, noise, label, w, times, steps, key
-            )
+            network = objective.at_interval(apply, interval)
+            return objective.sample(network, params, noise, label, w, times, steps, key)
 
         def sample(params, key, indices, *conditions_and_schedule):
             noise = random_streams.sample_noise(key, indices, image_shape)
@@ -201,15 +195,6 @@ class Sampler:
             if not images.is_fully_addressable:
                 images = distributed.to_host(images)
             yield images[: len(label)], label
-
-
-def _with_interval(apply, interval):
-    """The network with the guidance interval [2] as one of its inputs."""
-
-    def conditioned(params, x, *rest):
-        return apply(params, x, *rest, jnp.broadcast_to(interval, (x.shape[0], 2)))
-
-    return conditioned
 
 
 def batch_sharding(params, batch_size: int) -> tuple[NamedSharding | None, int]:
