@@ -97,8 +97,7 @@ class Objective(BaseObjective):
         0.005, "time between the points of consistency = 'difference'; larger in bf16"
     )
     interval: Literal['fixed', 'input'] = option(
-        'fixed',
-        "guidance interval: 'fixed' is [guidance_interval, 1]; 'input' is random",
+        'fixed', "guidance acts from guidance_interval on, or between two 'input' times"
     )
     guidance_target: Literal['unguided', 'guided'] = option(
         'unguided', "teacher of the guidance target: at w = 0, or 'guided' at w"
