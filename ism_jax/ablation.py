@@ -1,4 +1,4 @@
-"""Trains recipes with several seeds and compares them.
+r"""Trains recipes with several seeds and compares them.
 
     python -m ism_jax.ablation --config configs/ablation.py --out results/ladder.json
 
@@ -21,10 +21,26 @@ that is chosen in the same way, at the chosen scale.
 
 Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot (`.png`)
 beside it. `--summary` only rewrites the table and the plot.
+
+    python -m ism_jax.ablation --config configs/ablation.py --search \
+        --candidates 27 --rungs 750x1,1500x1,3000x3 --keep 0.33
+
+searches for recipes by successive halving. The candidates are the config file's
+`SEARCH_BASE` and random combinations of the options of its `SEARCH`, drawn by
+`--search_seed`. Each rung, STEPSxSEEDS, trains the remaining candidates and keeps the
+share `--keep` with the lowest scores. The score is the geometric mean of the Frechet
+distances over all numbers of steps in `sample.steps`, averaged over seeds; candidates
+with a failed or diverged run rank last and are never kept.
+
+Candidates of a rung have equal FLOPs: `SEARCH_BASE` trains for STEPS, and a candidate
+whose step has r times the FLOPs (by `ism_jax.cost`) for STEPS / r. The tables of the
+rungs are written beside `--out`, by default `results/search.json`. The same command
+resumes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
+import hashlib
 import importlib.util
 import json
 import os
@@ -38,7 +54,7 @@ from absl import flags
 import numpy as np
 
 from ism_jax import config as config_lib
-from ism_jax import config_check, resolved_config, trained_network
+from ism_jax import config_check, recipe_search, resolved_config, trained_network
 from ism_jax.evaluation import ladder
 from ism_jax.evaluation.records import write_records
 from ism_jax.evaluation.sample_scorer import SampleScorer
@@ -51,6 +67,8 @@ MAX_STEPS_WITH_CHOICE = 8
 INTERVALS = ((0.0, 1.0), (0.25, 1.0), (0.0, 0.75), (0.25, 0.75))
 # Added to a run's seed for the noise of the samples that choose the guidance scale.
 CHOICE_SEED = 10_000
+# Longest name of a run's folder without its seed; file systems allow 255 bytes.
+MAX_FOLDER_NAME = 240
 
 Run = tuple[str, int]  # Recipe and seed.
 
@@ -163,7 +181,11 @@ def run_all(
 def run_folder(workdir: Path, run: Run) -> Path:
     """The folder of a run."""
     recipe, seed = run
-    return workdir / f'{recipe.replace("/", "__")}_seed{seed}'
+    name = recipe.replace('/', '__')
+    if len(name) > MAX_FOLDER_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        name = f'{name[: MAX_FOLDER_NAME - 17]}_{digest}'
+    return workdir / f'{name}_seed{seed}'
 
 
 def finished_records(workdir: Path, run: Run, text: str) -> list[dict] | None:
@@ -385,6 +407,94 @@ def write_summary(records: Sequence[dict], module, out: Path) -> str:
     return table
 
 
+def search(
+    module,
+    config_path: Path,
+    *,
+    candidates: int,
+    search_seed: int,
+    rungs: Sequence[tuple[int, int]],
+    keep: float,
+    **options,
+) -> str | None:
+    """Searches the config file's `SEARCH`; writes the table beside `out` in each rung.
+
+    Args:
+      module, config_path: see `run_all`.
+      candidates: number of recipes to draw.
+      search_seed: seed of the draw.
+      rungs, keep: see `recipe_search.halve`.
+      **options: `changes`, `workdir`, `out`, `parallel` and `log` of `run_all`.
+
+    Returns:
+      The best recipe, or None if all candidates of a rung failed.
+    """
+    changes, workdir, out, log = (
+        options[name] for name in ('changes', 'workdir', 'out', 'log')
+    )
+    resolve_run = lambda recipe, seed=0: resolve(module, recipe, changes, seed)
+    flops = recipe_search.draw_candidates(
+        module.SEARCH,
+        base=module.SEARCH_BASE,
+        number=candidates,
+        seed=search_seed,
+        steps=rungs[0][0],
+        resolve=resolve_run,
+        log=log,
+    )
+    log(f'{len(flops)} candidates')
+
+    def train(recipes, num_seeds):
+        seeds = range(num_seeds)
+        run_all(module, config_path, recipes=recipes, seeds=seeds, **options)
+        texts = {
+            (recipe, seed): config_lib.to_json(resolve_run(recipe, seed))
+            for recipe in recipes
+            for seed in seeds
+        }
+        finished = lambda run: finished_records(workdir, run, texts[run])
+        return {r: [finished((r, seed)) for seed in seeds] for r in recipes}
+
+    tables, kept = [], []
+    halving = recipe_search.halve(flops, rungs=rungs, keep=keep, train=train)
+    for number, (ranked, kept) in enumerate(halving):
+        title = f'## FLOPs of {rungs[number][0]} steps of `{module.SEARCH_BASE}`'
+        tables.append(f'{title}\n\n{recipe_search.format_rung(ranked, kept)}')
+        files.write_bytes(out.with_suffix('.md'), '\n'.join(tables).encode())
+        log(tables[-1])
+    return kept[0] if kept else None
+
+
+def run_search(module, path: Path, **options) -> None:
+    """Runs the command with `--search`; `options` are those of `run_all`."""
+    for name in ('recipes', 'seeds', 'summary'):
+        if FLAGS[name].present:
+            raise ValueError(
+                f'--{name} does not apply to --search: SEARCH in --config has the '
+                'recipes, --rungs the seeds, and the same command rewrites the table'
+            )
+    if not hasattr(module, 'SEARCH') or not hasattr(module, 'SEARCH_BASE'):
+        raise ValueError(
+            f'--config {path} has no SEARCH and SEARCH_BASE for --search; '
+            'configs/ablation.py shows both'
+        )
+    best = search(
+        module,
+        path,
+        candidates=FLAGS.candidates,
+        search_seed=FLAGS.search_seed,
+        rungs=recipe_search.parse_rungs(FLAGS.rungs),
+        keep=FLAGS.keep,
+        **options,
+    )
+    out = options['out']
+    print(f'wrote {out}, {out.with_suffix(".md")}')
+    if best is None:
+        print('all candidates failed; the lines with FAILED have the reasons')
+        sys.exit(1)
+    print(f'best: {best}')
+
+
 def run_flags() -> None:
     """Runs the command."""
     if FLAGS.run_folder:
@@ -393,7 +503,17 @@ def run_flags() -> None:
         return
     path = files.local_path(FLAGS.config, '--config')
     module = load_config_file(path)
-    out = files.local_path(FLAGS.out, '--out')
+    default_out = 'results/search.json' if FLAGS.search else 'results/ladder.json'
+    out = files.local_path(FLAGS.out or default_out, '--out')
+    options = dict(
+        changes=FLAGS.set,
+        workdir=files.local_path(FLAGS.workdir, '--workdir'),
+        out=out,
+        parallel=FLAGS.parallel,
+        log=lambda line: print(line, flush=True),
+    )
+    if FLAGS.search:
+        return run_search(module, path, **options)
     failures = {}
     if not FLAGS.summary:
         failures = run_all(
@@ -401,11 +521,7 @@ def run_flags() -> None:
             path,
             recipes=FLAGS.recipes or module.RECIPES,
             seeds=command_line.parse_numbers(FLAGS.seeds, int),
-            changes=FLAGS.set,
-            workdir=files.local_path(FLAGS.workdir, '--workdir'),
-            out=out,
-            parallel=FLAGS.parallel,
-            log=lambda line: print(line, flush=True),
+            **options,
         )
     for run, error in failures.items():
         print(f'failed: {run}: {error}')
@@ -424,11 +540,31 @@ if __name__ == '__main__':
     flags.DEFINE_string('seeds', '0,1,2', 'Seeds of each recipe.')
     flags.DEFINE_multi_string('set', [], 'field=value, for every recipe.')
     flags.DEFINE_string('workdir', 'runs/ablation', 'Folder of the runs.')
-    flags.DEFINE_string('out', 'results/ladder.json', 'JSON file of all records.')
+    flags.DEFINE_string(
+        'out',
+        '',
+        'JSON file of all records; by default results/ladder.json, or '
+        'results/search.json with --search.',
+    )
     flags.DEFINE_integer(
         'parallel', 1, 'Runs at a time; they share the CPU cores.', lower_bound=1
     )
     flags.DEFINE_bool('summary', False, 'Only rewrite the table and the plot.')
+    flags.DEFINE_bool('search', False, "Search the config file's SEARCH.")
+    flags.DEFINE_integer(
+        'candidates', 27, 'Recipes that --search draws.', lower_bound=1
+    )
+    flags.DEFINE_integer('search_seed', 0, 'Seed of the draw.', lower_bound=0)
+    flags.DEFINE_string(
+        'rungs', '750x1,1500x1,3000x3', 'STEPSxSEEDS of each rung of the search.'
+    )
+    flags.DEFINE_float(
+        'keep',
+        0.33,
+        'Share of the candidates that a rung keeps.',
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     flags.DEFINE_string('run_folder', '', 'Only score this trained run (internal).')
     flags.DEFINE_float('train_minutes', 0.0, 'Training time of that run (internal).')
     command_line.run(run_flags)

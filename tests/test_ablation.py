@@ -1,6 +1,7 @@
 """Recipes, their runs and their scores."""
 
 from concurrent import futures
+import functools
 import json
 import math
 import os
@@ -11,8 +12,10 @@ import sys
 from ladder_records import ladder_records
 import pytest
 
-from ism_jax import ablation
+from ism_jax import ablation, train
 from ism_jax import config as config_lib
+from ism_jax.data import sources
+from ism_jax.evaluation.records import write_records
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / 'configs' / 'ablation.py')
@@ -233,7 +236,13 @@ def get_config(arg=''):
 """
 
 
-def test_finished_runs_are_kept_and_failures_are_reported(tmp_path):
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """A folder of runs, which share a classifier."""
+    return tmp_path_factory.mktemp('runs')
+
+
+def test_finished_runs_are_kept_and_failures_are_reported(tmp_path, workdir):
     config = tmp_path / 'tiny.py'
     config.write_text(TINY)
     lines = []
@@ -245,7 +254,7 @@ def test_finished_runs_are_kept_and_failures_are_reported(tmp_path):
             recipes=recipes,
             seeds=[0],
             changes=['train.max_skipped_in_row=1'],
-            workdir=tmp_path / 'runs',
+            workdir=workdir,
             out=tmp_path / 'out.json',
             parallel=2,
             log=lines.append,
@@ -273,8 +282,139 @@ def test_finished_runs_are_kept_and_failures_are_reported(tmp_path):
     assert records[0]['trained_steps'] == 20 and records[0]['train_minutes'] > 0
 
     # Finished runs do not run again, and their records stay.
-    before = (tmp_path / 'runs' / 'sm_seed0' / 'log.txt').stat().st_mtime
+    before = (workdir / 'sm_seed0' / 'log.txt').stat().st_mtime
     assert not run_all(['sm'])
     assert '1 of 1 runs are finished' in lines
-    assert (tmp_path / 'runs' / 'sm_seed0' / 'log.txt').stat().st_mtime == before
+    assert (workdir / 'sm_seed0' / 'log.txt').stat().st_mtime == before
     assert json.loads((tmp_path / 'out.json').read_text()) == records
+
+
+SEARCHED = (
+    TINY
+    + """
+SEARCH_BASE = 'flow_matching'
+SEARCH = {'weight decay': ('', 'optimizer.weight_decay=0.1')}
+"""
+)
+
+
+@pytest.fixture
+def search(tmp_path):
+    """A search of two candidates; returns the best and the messages."""
+    config = tmp_path / 'tiny.py'
+    config.write_text(SEARCHED)
+
+    def run(rungs, workdir=tmp_path / 'runs'):
+        lines = []
+        best = ablation.search(
+            ablation.load_config_file(config),
+            config,
+            candidates=2,
+            search_seed=0,
+            rungs=rungs,
+            keep=0.5,
+            changes=['optimizer.warmup_steps=0', 'log.grid_every=0'],
+            workdir=workdir,
+            out=tmp_path / 'search.json',
+            parallel=1,
+            log=lines.append,
+        )
+        return best, lines
+
+    return run
+
+
+def test_a_search_continues_after_an_interruption(search, tmp_path, monkeypatch):
+    ran, interrupt_at = [], 3
+
+    def run_recipe(folder):
+        ran.append(folder.name)
+        if len(ran) == interrupt_at:
+            raise KeyboardInterrupt
+        config = json.loads((folder / 'config.json').read_text())
+        fd = 1.0 if config['optimizer']['weight_decay'] else 4.0
+        record = {'fd': fd, 'accuracy': 0.5, 'train_minutes': 1.0}
+        records = [record | {'steps': steps} for steps in (1, 2)]
+        (folder / 'records.json').write_text(json.dumps(records))
+        return records, '', 1.0
+
+    monkeypatch.setattr(ablation, 'SampleScorer', lambda *args, **options: None)
+    monkeypatch.setattr(ablation, 'run_recipe', run_recipe)
+    rungs = [(2, 1), (4, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        search(rungs)
+    best, lines = search(rungs)
+    changed = 'flow_matching/optimizer.weight_decay=0.1'
+    assert best == changed
+    name = changed.replace('/', '__')
+    assert ran == [
+        'flow_matching__train.steps=2_seed0',
+        f'{name}__train.steps=2_seed0',
+        f'{name}__train.steps=4_seed0',  # Interrupted.
+        f'{name}__train.steps=4_seed0',
+        f'{name}__train.steps=4_seed1',
+    ]
+    assert '2 of 2 runs are finished' in lines and '0 of 2 runs are finished' in lines
+    records = json.loads((tmp_path / 'search.json').read_text())
+    assert {(r['recipe'], r['seed']) for r in records} == {
+        ('flow_matching/train.steps=2', 0),
+        (f'{changed}/train.steps=2', 0),
+        (f'{changed}/train.steps=4', 0),
+        (f'{changed}/train.steps=4', 1),
+    }
+    table = (tmp_path / 'search.md').read_text()
+    assert search(rungs)[0] == best and len(ran) == 5
+    assert (tmp_path / 'search.md').read_text() == table
+
+
+def test_a_search_trains_and_scores(search, tmp_path, workdir, monkeypatch, one_device):
+    """In this process and with data read once, because processes start slowly."""
+    load = functools.cache(sources.make_source)
+    monkeypatch.setattr(sources, 'make_source', load)
+
+    def run_recipe(folder):
+        config = config_lib.from_json((folder / 'config.json').read_text())
+        train.train(config, folder)
+        records = ablation.score_run(folder, 0.0)
+        write_records(folder / 'records.json', records)
+        return records, '', 0.0
+
+    monkeypatch.setattr(ablation, 'run_recipe', run_recipe)
+    best, _ = search([(2, 1), (4, 1)], workdir)
+    records = json.loads((tmp_path / 'search.json').read_text())
+    assert len(records) == 3 * 2  # Runs and numbers of steps.
+    trained = {r['recipe']: r['trained_steps'] for r in records}
+    assert trained == {
+        'flow_matching/train.steps=2': 2,
+        'flow_matching/optimizer.weight_decay=0.1/train.steps=2': 2,
+        f'{best}/train.steps=4': 4,
+    }
+    first, second = (tmp_path / 'search.md').read_text().split('## ')[1:]
+    assert first.startswith('FLOPs of 2 steps of `flow_matching`')
+    rows = [row.strip('| ').split(' | ') for row in first.splitlines()[4:6]]
+    assert rows[0][0] == f'`{best}`'
+    for candidate, score, *_, seeds, steps, _, kept in rows:
+        name = f'{candidate.strip("`")}/train.steps=2'
+        fds = [r['fd'] for r in records if r['recipe'] == name]
+        assert float(score) == pytest.approx(math.sqrt(math.prod(fds)), rel=1e-2)
+        assert (seeds, steps) == ('1 of 1', '2')
+        assert kept == ('yes' if candidate == f'`{best}`' else 'no')
+    assert second.count('| yes |') == 1 and '| 1 of 1 | 4 |' in second
+
+
+def test_every_option_of_the_search_is_valid_alone(module):
+    for options in module.SEARCH.values():
+        assert options[0] == '' and len(set(options)) == len(options) > 1
+        for option in options[1:]:
+            config = ablation.resolve(module, f'{module.SEARCH_BASE}/{option}', (), 0)
+            assert config != ablation.resolve(module, module.SEARCH_BASE, (), 0)
+
+
+def test_long_recipes_have_short_folder_names(tmp_path):
+    changes = '/'.join(f'objective.loss_weights=(1.0,1.0,{i})' for i in range(9))
+    runs = [(f'ism/{changes}/train.steps={steps}', 0) for steps in (1, 2)]
+    folders = [ablation.run_folder(tmp_path, run) for run in runs]
+    assert folders[0] != folders[1] and len(runs[0][0]) > 255
+    for folder in folders:
+        assert len(folder.name) < 255 and folder.name.endswith('_seed0')
+    assert ablation.run_folder(tmp_path, ('ism/a=1', 2)).name == 'ism__a=1_seed2'

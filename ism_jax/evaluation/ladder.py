@@ -52,9 +52,8 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
     def cell(recipe, number):
         if (recipe, number) not in distance:
             return ''
-        mean, error, _ = distance[recipe, number]
-        spread = '' if math.isnan(error) else f' ± {format_number(error)}'
-        return f'{format_number(mean)}{spread} ({accuracy[recipe, number][0]:.0%})'
+        share = accuracy[recipe, number][0]
+        return f'{format_mean(*distance[recipe, number][:2])} ({share:.0%})'
 
     header = ['recipe', *map(image_grid.step_count, steps), 'seeds', 'min']
     rows = [header, ['---'] * len(header)]
@@ -66,6 +65,12 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
             [f'`{recipe}`', *cells, f'{len(of_seeds)}', f'{np.mean(of_seeds):.1f}']
         )
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + '\n'
+
+
+def format_mean(mean: float, error: float) -> str:
+    """The mean ± its standard error; without the error if that is NaN."""
+    spread = '' if math.isnan(error) else f' ± {format_number(error)}'
+    return f'{format_number(mean)}{spread}'
 
 
 def format_number(value: float | None) -> str:
