@@ -118,30 +118,6 @@ def test_positions_are_seen():
     assert jnp.abs(jnp.roll(out, 2, axis=1) - other).max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    'change', [dict(remat='full'), dict(remat='dots'), dict(unroll=3)]
-)
-def test_remat_and_unrolling_keep_values_and_gradients(change):
-    base, other = _model(), _model(**change)
-    assert base != other
-    params = _random_params(base)
-
-    def loss(params, model):
-        out = model.apply({'params': params}, *_inputs(d=0.25, w=1.0))
-        return jnp.sum(jnp.square(out))
-
-    value, grad = jax.value_and_grad(loss)(params, base)
-    value2, grad2 = jax.value_and_grad(loss)(params, other)
-    np.testing.assert_allclose(value, value2, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            a, b, atol=1e-4 * np.abs(a).max() + 1e-6
-        ),
-        grad,
-        grad2,
-    )
-
-
 def test_bfloat16_and_the_velocity_head():
     model = _model(dtype='bfloat16', velocity_head=1)
     params = sit.init_params(model, SHAPE, jax.random.key(0))

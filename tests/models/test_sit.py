@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ism_jax.models import sit
+from ism_jax.models import in_context, sit
 
 SHAPE = (8, 8, 3)
 SMALL = dict(num_classes=5, patch_size=2, hidden_size=32, depth=3, num_heads=2)
@@ -245,8 +245,9 @@ def test_parameter_counts_of_the_presets():
 @pytest.mark.parametrize(
     'change', [dict(remat='full'), dict(remat='dots'), dict(unroll=3)]
 )
-def test_remat_and_unrolling_keep_values_and_gradients(change):
-    base, other = sit.SiT(**SMALL), sit.SiT(**SMALL, **change)
+@pytest.mark.parametrize('network', [sit.SiT, in_context.InContext])
+def test_remat_and_unrolling_keep_values_and_gradients(network, change):
+    base, other = network(**SMALL), network(**SMALL, **change)
     assert base != other
     params = _random_params(base)
 
