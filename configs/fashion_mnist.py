@@ -5,8 +5,7 @@
 
 For one GPU. Without Debian's package, add `--config.data.source=tfds:fashion_mnist`,
 which downloads the data. No paper reports this experiment and we have not measured it,
-so no result is claimed. `configs/fashion_mnist.py:runlocal` shrinks it to one minute on
-a CPU.
+so no result is claimed. `configs/fashion_mnist.py:runlocal` takes one minute on a CPU.
 
 Other methods train with the same network and budget:
 

@@ -7,7 +7,7 @@ Prepare the latents as in `configs/imagenet256_ism_xl2.py`, but with the authors
 autoencoder, stabilityai/sd-vae-ft-ema; they are normalised per channel with the
 authors' numbers. The paper (arXiv 2503.07565) reports FID-50K 7.77 / 3.99 / 2.51 / 1.99
 in 1 / 2 / 4 / 8 steps with batches of 4096 and 1.2M iterations. We have not run it.
-`:B/2` is a smaller network, `:runlocal` shrinks it to one minute on a CPU.
+`:B/2` is a smaller network; `:runlocal` runs in one minute on a CPU.
 """
 
 from ism_jax import config as config_lib

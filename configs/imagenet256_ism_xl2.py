@@ -8,7 +8,7 @@ r"""iSM on ImageNet 256x256, the paper's main row: SiT-XL/2, 675M parameters.
 The paper (arXiv 2510.21250) trains 800K iterations and reports FID-50K 5.27 / 2.44 /
 2.05 / 1.93 / 1.88 in 1 / 2 / 4 / 8 / 128 steps. We have not run it. It is for a TPU pod
 or several GPU nodes. `configs/imagenet256_ism_xl2.py:B/2` is a network of 131M
-parameters for one node; `:runlocal` shrinks it to one minute on a CPU.
+parameters for one node; `:runlocal` runs in one minute on a CPU.
 """
 
 from ism_jax import config as config_lib

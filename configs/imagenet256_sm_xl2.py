@@ -7,8 +7,8 @@ The latents are those of `configs/imagenet256_ism_xl2.py`. The authors' code (ar
 2410.12557) reports FID-50K 10.6 / 7.8 / 3.8 in 1 / 4 / 128 steps after 800K iterations.
 It uses AdamW with weight decay 0.1, one EMA with decay 0.999 for targets and samples,
 and a guidance scale of 1.5 (w = 0.5) in the targets of the finest level. We have not
-run it. `:B/2` is a smaller network (the authors' DiT-B/2: 40.3 / 28.3 / 15.5),
-`:runlocal` shrinks it to one minute on a CPU.
+run it. `:B/2` is a smaller network (the authors' DiT-B/2: 40.3 / 28.3 / 15.5);
+`:runlocal` runs in one minute on a CPU.
 """
 
 from ism_jax import config as config_lib

@@ -8,7 +8,7 @@ r"""iSM on ImageNet 512x512: SiT-XL/2 on latents of 64x64.
 The paper (arXiv 2510.21250) trains 300K iterations and reports FID 37.05 and 9.94, and
 recall 0.55 and 0.62, in 1 and 4 steps. According to a summary its network there is
 FlowDCN, not SiT, so these figures cannot be compared with this config's. We have not
-run it. `:B/2` is a smaller network, `:runlocal` shrinks it to one minute on a CPU.
+run it. `:B/2` is a smaller network; `:runlocal` runs in one minute on a CPU.
 """
 
 from ism_jax import config as config_lib

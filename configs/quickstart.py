@@ -5,7 +5,7 @@
 A demonstration, not a benchmark: it uses all five parts of the method, with a network
 small enough for two CPU cores. Measured on two cores: about eight minutes of training;
 class accuracy 88 % in 1 step and 92 % in 4 steps at w = 2.5.
-`configs/quickstart.py:runlocal` shrinks it to one minute.
+`configs/quickstart.py:runlocal` runs in one minute.
 """
 
 from ism_jax import config as config_lib

@@ -38,7 +38,7 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """The FD's geometric mean over numbers of sampling steps, mean over seeds.
+        """Geometric mean of the FD over numbers of sampling steps, averaged over seeds.
 
         Infinite if a run failed or its samples diverged. In the geometric mean the same
         ratio counts the same at each number of steps, whatever the scale of its FD.
@@ -139,7 +139,7 @@ def step_flops(config) -> int:
     """FLOPs of a training step of a config; opens no data."""
     side = config.data.image_size
     shape = (side, side, config.data.channels)
-    # The number of classes is that of rows that are looked up, without products.
+    # The number of classes only sizes a lookup table, which has no products.
     return cost.step_flops(Experiment(config, num_classes=1, image_shape=shape))
 
 
@@ -159,7 +159,7 @@ def parse_rungs(text: str) -> list[tuple[int, int]]:
     if not rungs or len(rungs) < len(parts) or falls:
         raise ValueError(
             f'--rungs {text!r} must be STEPSxSEEDS of each rung, such as '
-            '750x1,1500x1,3000x3; neither may fall'
+            '750x1,1500x1,3000x3; neither may decrease'
         )
     return rungs
 

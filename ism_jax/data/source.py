@@ -109,7 +109,7 @@ def decoding(name: str):
 
 
 def _printable(text) -> str:
-    """Text with control characters escaped, which a terminal would interpret."""
+    """Escapes control characters, which a terminal would interpret."""
     return ''.join(
         c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text)
     )

@@ -132,7 +132,7 @@ def evaluate_settings(
       seed: seed of the noise, the same for each setting, and of random labels.
       out: folder of the evaluation.
       keep: which of `KEEP` to write.
-      process_index, process_count: processes that share the chunks; 0 scores.
+      process_index, process_count: processes that share the chunks; the first scores.
       wait: whether process 0 waits for the chunks of the others.
       log: called with progress messages.
 
@@ -287,7 +287,7 @@ def _fields(setting) -> dict:
         'guidance': setting.guidance,
         'schedule': list(setting.schedule),
     }
-    # Without the key, so that records of networks without this input keep their hash.
+    # No key for None, so that records of networks without this input keep their hash.
     return fields | ({'interval': list(setting.interval)} if setting.interval else {})
 
 

@@ -81,8 +81,8 @@ def guided_velocity(
 ) -> jax.Array:
     """Velocity + w (conditional - unconditional); all [B, H, W, C] except w [B].
 
-    With velocity = x1 - x0 this is the target of intrinsic guidance: the pair gives the
-    conditional velocity, and the teacher gives only the direction of guidance.
+    With velocity = x1 - x0 this is the target of intrinsic guidance: x1 - x0 gives the
+    conditional velocity, and the teacher only the direction of guidance.
     """
     return velocity + w[:, None, None, None] * (conditional - unconditional)
 

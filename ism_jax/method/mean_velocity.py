@@ -35,10 +35,10 @@ def derivative(apply, params, inputs: Inputs, velocity) -> jax.Array:
 def difference(
     apply, params, repeats: int, inputs: Inputs, velocity, distance: float
 ) -> jax.Array:
-    """ds/dt by a finite difference, for networks without forward derivatives.
+    """ds/dt by a finite difference, for networks without forward-mode derivatives.
 
-    The difference is central and cut to the step and to t >= 0, so its error is of
-    order distance^2 inside and of order distance at t = 0 and at d = 0.
+    The difference is central, truncated at t = 0 and at the end of the step. Its error
+    is of order distance^2, or of order distance where it is truncated.
 
     Args:
       apply, params, inputs, velocity: see `derivative`.

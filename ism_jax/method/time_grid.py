@@ -5,7 +5,7 @@ Shortcut models are trained on a dyadic grid: step sizes are powers of two, 1, 1
 1/base_steps takes the instantaneous velocity: the network is then conditioned on d = 0
 (Shortcut Models, arXiv 2410.12557, section 3; iSM, arXiv 2510.21250, section 3).
 
-Methods that train every t and d sample with any step sizes that sum to 1.
+Methods that train every t and d can sample with any step sizes that sum to 1.
 """
 
 from collections.abc import Sequence
@@ -129,7 +129,7 @@ def sample_times(
 ) -> jax.Array:
     """Random times t in (0, 1), [num].
 
-    'uniform' draws from U(0, 1), and 'logit_normal' the sigmoid of N(mean, std^2), as
+    'uniform' draws from U(0, 1), 'logit_normal' from the sigmoid of N(mean, std^2), as
     Stable Diffusion 3 does (arXiv 2403.03206, section 3.1).
     """
     if draw == 'uniform':

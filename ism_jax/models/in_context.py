@@ -1,11 +1,11 @@
 """A transformer that is conditioned by tokens in its context, without adaLN.
 
 The network of improved MeanFlow (arXiv 2512.02012): RMS norm, SwiGLU, normalised
-queries and keys, rotary positions, and residual branches that a vector gates, which is
-0 at first. Conditions are tokens before those of the image: learned tokens plus the
-embedding of the condition. Without modulation by the condition, a block of width C has
-4 C^2 + 3 r C^2 parameters with the MLP ratio r (8/3 in the paper: 12 C^2), and a block
-of SiT has 18 C^2.
+queries and keys, rotary positions, and residual branches gated by a vector that is
+initialised to 0. Conditions are tokens before those of the image: learned tokens plus
+the embedding of the condition. Without modulation by the condition, a block of width C
+has 4 C^2 + 3 r C^2 parameters with the MLP ratio r (8/3 in the paper: 12 C^2), and a
+block of SiT has 18 C^2.
 
 Difference from the official code: the time tokens embed t as well as d. As in `SiT`,
 the embeddings of d, w and the interval vanish at d = 0 and w = 0.

@@ -184,18 +184,18 @@ class SiT(nn.Module):
       dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
       remat: which activations the backward pass keeps, a key of `REMAT_POLICIES`.
       attention: a key of `ATTENTION_IMPLEMENTATIONS`.
-      unroll: blocks per iteration of the scan; larger values compile longer and run
-        faster on a CPU.
+      unroll: blocks per iteration of the scan; larger values compile more slowly
+        and run faster on a CPU.
       step_embedding: how the network is conditioned on d: 'level' looks up -log2(d),
         for steps that are powers of two; 'size' embeds any d smoothly, for methods that
-        draw d at random or differentiate in it.
+        draw d at random or differentiate with respect to it.
       time_scale: factor on t and d before their sinusoids, which DiT designed for times
         of 0 to 1000; MeanFlow uses 1, for small derivatives in t.
       guidance_embedding: how the network is conditioned on w: 'scale' embeds w, 'ratio'
         embeds w / (1 + w), which is less than 1 for any w.
       interval_input: whether the network is conditioned on the guidance interval.
-      velocity_head: number of the last blocks that a second output has for itself, the
-        velocity at t; 0 for no second output (improved MeanFlow, arXiv 2512.02012).
+      velocity_head: number of last blocks that a second output, the velocity at t, does
+        not share; 0 for no second output (improved MeanFlow, arXiv 2512.02012).
       mesh: devices that the activations are split over; None leaves that to XLA. It
         changes no value beyond rounding.
     """

@@ -1,7 +1,7 @@
 """Improved MeanFlow (iMF; Geng et al., arXiv 2512.02012).
 
 MeanFlow's identity, read as a prediction of the velocity (the paper's equation 8; its
-time runs from data to noise and its mean velocity has the other sign):
+time runs from data to noise and its mean velocity has the opposite sign):
 
     V = s - sg( d ds/dt ),   ds/dt = JVP of s along (v, 1, -1) in (x, t, d)
     L = E |e|^2 / sg( |e|^2 + eps )^p,   e = V - sg(v_g)
@@ -150,7 +150,7 @@ class Objective(BaseObjective):
         return results
 
     def _both_heads(self, apply):
-        """The network with two outputs: mean velocity, and that of the tangent."""
+        """The network with two outputs: the mean velocity and the direction."""
         if self.tangent == 'head':
             return lambda params, *inputs: apply(params, *inputs, with_velocity=True)
 

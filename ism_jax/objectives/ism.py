@@ -12,7 +12,7 @@
 with s the online network, s' the target EMA, and w_t = w where t is within the guidance
 interval, else 0. The batch is split among the three terms, so the online network runs
 forward and backward once over the batch. The target EMA runs once on all inputs at x_t
-and once on what a larger step needs.
+and once on the second half-steps.
 
 Choices that the paper leaves open, and deviations from its text:
   * The poster's equation (10) has `t` in the second half-step, where the derivation
@@ -115,7 +115,7 @@ class Objective(BaseObjective):
         0.0, 'probability that a label becomes null, in guidance and consistency'
     )
     time_draw: time_grid.TimeDraw = option(
-        'uniform', "t where d = 0, and both ends of random steps, or 'logit_normal'"
+        'uniform', "t at d = 0 and ends of random steps: 'uniform' or 'logit_normal'"
     )
     time_mean: float = option(0.0, 'mean of the normal whose sigmoid is t')
     time_std: float = option(1.0, 'its standard deviation; see time_mean')
@@ -296,7 +296,7 @@ class Objective(BaseObjective):
     def _per_level(self, values, d) -> dict[str, jax.Array]:
         """Mean self-consistency error and number of samples for each step size.
 
-        A random step counts for the next smaller dyadic size.
+        A random step counts towards the next smaller dyadic size.
         """
         metrics = {}
         for level in range(time_grid.num_levels(self.base_steps)):

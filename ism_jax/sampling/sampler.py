@@ -200,7 +200,7 @@ class Sampler:
 def batch_sharding(params, batch_size: int) -> tuple[NamedSharding | None, int]:
     """The sharding of a batch over the mesh of `params`, and its padded size.
 
-    The size is rounded up to a multiple of the devices. Without a mesh: (None, size).
+    The size is rounded up to a multiple of the mesh size. Without a mesh: (None, size).
     """
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, 'sharding', None)

@@ -22,7 +22,7 @@ def load_or_learn(
     learn: Callable[[], tuple[np.ndarray, dict[str, float]]],
     log: Callable[[str], Any],
 ) -> np.ndarray:
-    """The potentials [N] that a run with these settings has, learned where it has none.
+    """The potentials [N] of a run with these settings, learned if it has none yet.
 
     The first process learns and writes them; the others wait for its file. So all
     processes, and a resumed run, use the same bits.
@@ -54,7 +54,7 @@ def load_or_learn(
 
 
 def _read(path: Path, settings: dict[str, Any], log) -> np.ndarray | None:
-    """The potentials in a file; None if it is missing, damaged or of other settings."""
+    """The potentials in a file; None if missing, damaged or for other settings."""
     try:
         with np.load(path) as content:
             if json.loads(str(content['settings'])) == settings:

@@ -20,11 +20,11 @@ needs no smoothing either: averaging over the last half of the ascent does that.
 
 **Ascent.** The semidual is concave, and its gradient in g_j is 1/n minus the
 probability that x0 belongs to j. OTT's `SemidiscreteSolver` ascends the same function
-and finds the same potentials (a test compares them). Own code, because OTT compiles a
-program for each class size and number of steps, and averages by an EMA, whose decay
-would have to follow the number of steps. Here a class of any size runs the program of
-its padded size, and the average is that of the last half. On two CPU cores a step takes
-about 0.8 times as long as OTT's.
+and finds the same potentials (a test compares them). We do not use it, because it
+compiles a program for each class size and number of steps, and averages by an EMA,
+whose decay would have to follow the number of steps. Here a class of any size runs the
+program of its padded size, and the average is that of the last half. On two CPU cores a
+step takes about 0.8 times as long as OTT's.
 
 **Identical points** share their noise unevenly, as the argmax picks the first. The
 pairs are the same.
@@ -49,8 +49,8 @@ from ism_jax.transport.coupling import Coupling
 
 # Sizes of the first step and of those in the last half, as the relative change of a
 # point's probability that follows from a relative error of 1 in it. With 32 samples per
-# point of Fashion-MNIST, hit errors are 0.21 to 0.25, and with 0.05 from the start 0.31
-# to 0.41; with 128 samples both have 0.11 to 0.12.
+# point of Fashion-MNIST, hit errors are 0.21 to 0.25, or 0.31 to 0.41 with 0.05 from
+# the start; with 128 samples both give 0.11 to 0.12.
 FIRST_RATE, LAST_RATE = 0.4, 0.05
 # Bounds on the noise samples of a step, and on the values that they take.
 MAX_BATCH, MAX_VALUES = 2**12, 2**26
@@ -74,7 +74,7 @@ def fit_potentials(
       points: for each class its points [n_c, D]; n_c may be 0.
       key: random key.
       samples_per_point: noise samples from which the potentials are learned, per point.
-        The relative error of a point's probability is at least the inverse root.
+        Relative errors of probabilities are at least 1 / sqrt(samples_per_point).
 
     Returns:
       For each class [n_c] float32, and a report measured on fresh noise:
@@ -172,7 +172,7 @@ def _ascend(points, length, real, count, key, steps, batch) -> jax.Array:
         progress = jnp.minimum(1.0, 2 * number / steps)
         rate = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** progress
         potential += rate * unit * (1.0 - relative)
-        late = jnp.maximum(number - steps // 2 + 1, 1)  # Of the last half.
+        late = jnp.maximum(number - steps // 2 + 1, 1)  # In the last half.
         mean = jnp.where(real, mean + (potential - mean) / late, -jnp.inf)
         return potential, mean
 
@@ -208,8 +208,8 @@ def _owners(noise, points, potential):
 class Pairing:
     """Chooses the data of a pool: the point of each noise sample, given its class.
 
-    The result depends on the arguments and the key alone, so each process finds the
-    same. Threads may call it.
+    Thread-safe. The result depends on the arguments and the key alone, so all processes
+    agree.
 
     Args:
       points: for each class its points [n_c, D].

@@ -301,7 +301,7 @@ def test_the_smallest_batch_has_every_step_size():
 
 
 def test_ism_targets_of_the_exact_guided_map():
-    """Exact except for the finest level, at any w: there a velocity replaces a step."""
+    """Exact at any w, but not at the finest level: there a velocity replaces a step."""
 
     def errors(base_steps):
         objective = ism.Objective(
