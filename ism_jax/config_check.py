@@ -359,14 +359,22 @@ def _data_problems(c) -> Iterator[str]:
 
 def _objective_problems(c, objective) -> Iterator[str]:
     needed = {'interval_input': False, 'velocity_head': 0} | objective.model_options
-    checked = {'step_embedding', 'interval_input', 'velocity_head'} & set(needed)
-    for name in sorted(checked):
-        given, fitting = c.model[name], needed[name]
+    # Each with the option of the method that may decide it.
+    decided_by = {
+        'step_embedding': 'consistency',
+        'interval_input': 'interval',
+        'velocity_head': 'tangent',
+    }
+    for name, option in decided_by.items():
+        given = c.model[name]
+        fitting = needed.get(name, given)
         # A velocity head may have any number of blocks.
         if given != fitting and not (name == 'velocity_head' and given and fitting):
+            chosen = f'objective.name = {c.objective.name!r}'
+            if option in c.objective:
+                chosen += f' with objective.{option} = {c.objective[option]!r}'
             yield (
-                f'model.{name} = {c.model[name]!r} does not fit objective.name = '
-                f'{c.objective.name!r} with its options; set it to {needed[name]!r}'
+                f'model.{name} = {given!r} does not fit {chosen}; set it to {fitting!r}'
             )
     # The official shortcut-models code accepts these silently.
     size, parts = c.train.batch_size, c.train.accumulate

@@ -205,7 +205,7 @@ def evaluate_by_classifier(
     *,
     steps: Sequence[int],
     guidance: Sequence[float],
-    interval: tuple[float, float] | None,
+    interval: tuple[float, float] | None = None,
     samples: int,
     workdir: Path,
 ) -> list[dict]:

@@ -126,6 +126,7 @@ def test_from_photographs_to_scores(parts, inception_tensors):
         '--config.wavelet.levels=3',
         '--config.scores.enabled=False',
         '--config.train.steps=4',
+        '--config.optimizer.warmup_steps=2',
         '--config.checkpoint.every=4',
         '--config.log.grid_every=4',
         '--config.log.grid_columns=2',

@@ -31,7 +31,7 @@ def test_alpha_flow_between_flow_matching_and_meanflow():
 def test_alpha_flow_of_the_exact_map():
     """Steps of the network give exact targets; alpha = 1/2 is the shortcut target."""
     inputs = moving_inputs()
-    x, t, d, w, label = inputs
+    x, t, d, w, label = inputs.arguments()
     exact = flow(None, *inputs.arguments())
     velocity = FLOW.velocity(x, t, w, label)
 

@@ -289,9 +289,7 @@ def test_metrics_per_level():
 
 
 def test_the_smallest_batch_has_every_step_size():
-    for split in itertools.product((0, 1, 3), (0, 2), (0, 1, 4)):
-        if not sum(split):
-            continue
+    for split in ((2, 1, 1), (3, 0, 4), (0, 0, 1), (1, 2, 0)):
         objective = _objective(batch_split=split)
         size = objective.min_batch
         assert size % objective.batch_multiple == 0

@@ -183,11 +183,6 @@ STATIONARY = {
         guided_from(0.3),
         guided_from(0.0),
     ),
-    'ism difference': _case(
-        ism.Objective(NULL, consistency='difference', guidance_max=2.0),
-        guided_from(0.3),
-        guided_from(0.0),
-    ),
     'ism guided target': _case(
         ism.Objective(
             NULL,

@@ -192,6 +192,7 @@ def test_one_signal_stops_all_and_one_process_resumes(tmp_path, alone):
     _assert_as_alone(workdir, [output, one.stdout], alone)
 
 
+@pytest.mark.slow
 def test_processes_share_the_potentials_that_the_first_learned(tmp_path):
     flags = {'transport.method': 'semidiscrete', 'transport.samples_per_point': 4}
     losses = []
