@@ -1,5 +1,8 @@
 """Terms of a loss: the distance of predictions to their targets, with its metrics."""
 
+from collections.abc import Mapping
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -37,10 +40,23 @@ def term_metrics(
     return {f'{name}/loss': loss, **means}
 
 
-def adaptive_sum(square: jax.Array, power: float, eps: float) -> jax.Array:
-    """Sum of |e|^2 / sg( |e|^2 + eps )^power over the samples; square = |e|^2, [B].
+def adaptive_loss(
+    errors: Mapping[str, jax.Array], shape: tuple[int, ...], *, power: float, eps: float
+) -> jax.Array:
+    """Sum over all terms of |e|^2 / sg( |e|^2 + eps )^power, divided by B; a scalar.
 
     The adaptive weight of MeanFlow (arXiv 2505.13447, equation 22); 0 is no weight.
+
+    Args:
+      errors: {name: mean of e^2 over a sample, [B_name]}, see `loss_terms`.
+      shape: (B, H, W, C) of the batch.
+      power: exponent of the weight.
+      eps: added to |e|^2, the sum over a sample.
     """
-    weight = jax.lax.stop_gradient(square + eps) ** power
-    return jnp.sum(square / weight)
+    size, dimension = shape[0], math.prod(shape[1:])
+
+    def weighted_sum(square):
+        weight = jax.lax.stop_gradient(square + eps) ** power
+        return jnp.sum(square / weight)
+
+    return sum(weighted_sum(dimension * error) / size for error in errors.values())

@@ -79,19 +79,19 @@ def check_schedule(
     Raises:
       ValueError: a step is not positive or not dyadic, or the steps do not sum to 1.
     """
-    if dyadic:
-        fault = _dyadic_fault(schedule, base_steps)
-    elif not all(d > 0 for d in schedule):
-        fault = 'has a step that is not positive'
-    else:
-        total = sum(schedule)
-        fault = (
-            ''
-            if abs(total - 1) < SUM_TOLERANCE
-            else f'ends at t = {total:g}; the steps must sum to 1'
-        )
+    fault = _dyadic_fault(schedule, base_steps) if dyadic else _free_fault(schedule)
     if fault:
         raise ValueError(f'schedule {list(schedule)} {fault}')
+
+
+def _free_fault(schedule) -> str:
+    """The fault of a schedule of any step sizes in words; '' if it is valid."""
+    if not all(d > 0 for d in schedule):
+        return 'has a step that is not positive'
+    end = sum(schedule)
+    if abs(end - 1) >= SUM_TOLERANCE:
+        return f'ends at t = {end:g}; the steps must sum to 1'
+    return ''
 
 
 def _dyadic_fault(schedule, base_steps) -> str:

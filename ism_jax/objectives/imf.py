@@ -28,7 +28,6 @@ official network is not conditioned on t.
 """
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
@@ -37,11 +36,11 @@ import jax.numpy as jnp
 from ism_jax.method import (
     guidance,
     interpolant,
-    loss_terms,
     mean_velocity,
     time_grid,
     training_batch,
 )
+from ism_jax.method.loss_terms import adaptive_loss, loss_terms
 from ism_jax.method.training_batch import Batch, Inputs
 from ism_jax.objectives.base import BaseObjective, option
 
@@ -96,13 +95,11 @@ class Objective(BaseObjective):
         terms = dict(velocity=(mean_v, guided_v), mean_velocity=(mean_u, target_u))
         if self.tangent == 'head':
             terms |= dict(head_v=(head_v, guided_v), head_u=(head_u, guided_u))
-        errors, metrics = loss_terms.loss_terms(distance, **terms)
-        dimension = math.prod(batch.data.shape[1:])
-        sums = (
-            loss_terms.adaptive_sum(dimension * e, self.norm_power, self.norm_eps)
-            for e in errors.values()
+        errors, metrics = loss_terms(distance, **terms)
+        loss = adaptive_loss(
+            errors, batch.data.shape, power=self.norm_power, eps=self.norm_eps
         )
-        return sum(sums) / batch.label.shape[0], metrics
+        return loss, metrics
 
     def _inputs(self, batch: Batch, key) -> Inputs:
         key_t, key_w, key_interval = jax.random.split(key, 3)

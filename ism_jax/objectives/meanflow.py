@@ -20,7 +20,6 @@ computed only for samples with d > 0.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from ism_jax.method import (
     time_grid,
     training_batch,
 )
-from ism_jax.method.loss_terms import adaptive_sum, loss_terms
+from ism_jax.method.loss_terms import adaptive_loss, loss_terms
 from ism_jax.method.training_batch import Batch, Inputs
 from ism_jax.objectives.base import BaseObjective, option
 
@@ -88,12 +87,10 @@ class Objective(BaseObjective):
             velocity=(prediction_v, target_v),
             mean_velocity=(prediction_u, target_u),
         )
-        dimension = math.prod(batch.data.shape[1:])
-        sums = (
-            adaptive_sum(dimension * error, self.norm_power, self.norm_eps)
-            for error in errors.values()
+        loss = adaptive_loss(
+            errors, batch.data.shape, power=self.norm_power, eps=self.norm_eps
         )
-        return sum(term / size for term in sums), metrics
+        return loss, metrics
 
     def sample_steps(self, key, num: int) -> tuple[jax.Array, jax.Array]:
         """Random t and d, each [num], with 0 < t <= t + d < 1."""

@@ -4,32 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_network import SHAPE, SMALL, random_inputs, random_params
 
 from ism_jax.models import in_context, sit
 
-SHAPE = (8, 8, 3)
-SMALL = dict(num_classes=5, patch_size=2, hidden_size=32, depth=3, num_heads=2)
 TOKENS = 8 + 4 + 4 + 16
 
 
 def _model(**options):
     return in_context.InContext(**SMALL | options)
-
-
-def _random_params(model, seed=0):
-    """Parameters without zeros, so that every path through the network counts."""
-    params = sit.init_params(model, SHAPE, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    leaves = [leaf + 0.1 * rng.normal(size=leaf.shape).astype('f') for leaf in leaves]
-    return jax.tree.unflatten(tree, leaves)
-
-
-def _inputs(batch=4, d=0.0, w=0.0):
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(batch, *SHAPE)).astype(np.float32)
-    t = rng.uniform(size=batch).astype(np.float32)
-    return x, t, np.full(batch, d, 'f'), np.full(batch, w, 'f'), np.arange(batch)
 
 
 def _numpy_blocks(blocks, h, heads):
@@ -69,7 +52,7 @@ def _numpy_blocks(blocks, h, heads):
 
 
 def test_blocks_are_those_of_the_paper():
-    params = _random_params(_model())['blocks']
+    params = random_params(_model())['blocks']
     h = np.random.default_rng(2).normal(size=(2, TOKENS, 32)).astype(np.float32)
     angles = jnp.asarray(in_context.rotations(TOKENS, 16))
     ours = h
@@ -86,10 +69,10 @@ def test_blocks_are_those_of_the_paper():
 @pytest.mark.parametrize('step_embedding', sit.STEP_EMBEDDINGS)
 def test_every_condition_acts_and_vanishes_where_it_should(step_embedding):
     model = _model(step_embedding=step_embedding, interval_input=True)
-    params = _random_params(model)
+    params = random_params(model)
 
     def out(d=0.0, w=0.0, t=0.0, label=0, interval=(0.0, 1.0)):
-        x, times, d, w, labels = _inputs(d=d, w=w)
+        x, times, d, w, labels = random_inputs(d=d, w=w)
         interval = jnp.tile(jnp.array([interval]), (4, 1))
         inputs = x, times / 2 + t, d, w, labels + label, interval
         return model.apply({'params': params}, *inputs)
@@ -101,7 +84,7 @@ def test_every_condition_acts_and_vanishes_where_it_should(step_embedding):
     np.testing.assert_array_equal(out(interval=(0.3, 0.9)), base)
     for name in ('step_embedding', 'guidance_embedding'):
         without = params | {name: jax.tree.map(jnp.zeros_like, params[name])}
-        inputs = _inputs()
+        inputs = random_inputs()
         np.testing.assert_array_equal(
             model.apply({'params': without}, *inputs),
             model.apply({'params': params}, *inputs),
@@ -111,8 +94,8 @@ def test_every_condition_acts_and_vanishes_where_it_should(step_embedding):
 def test_positions_are_seen():
     """The patches of an image in another order give another image."""
     model = _model()
-    params = _random_params(model)
-    x, *rest = _inputs()
+    params = random_params(model)
+    x, *rest = random_inputs()
     moved = np.roll(x, 2, axis=1)
     out, other = (model.apply({'params': params}, a, *rest) for a in (x, moved))
     assert jnp.abs(jnp.roll(out, 2, axis=1) - other).max() > 1e-2
@@ -122,10 +105,10 @@ def test_bfloat16_and_the_velocity_head():
     model = _model(dtype='bfloat16', velocity_head=1)
     params = sit.init_params(model, SHAPE, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    params = _random_params(model)
-    coarse = model.apply({'params': params}, *_inputs(d=0.5), with_velocity=True)
+    params = random_params(model)
+    coarse = model.apply({'params': params}, *random_inputs(d=0.5), with_velocity=True)
     fine = _model(velocity_head=1)
-    fine = fine.apply({'params': params}, *_inputs(d=0.5), with_velocity=True)
+    fine = fine.apply({'params': params}, *random_inputs(d=0.5), with_velocity=True)
     for a, b in zip(coarse, fine, strict=True):
         assert a.dtype == jnp.float32 and a.shape == (4, *SHAPE)
         assert 1e-5 < jnp.abs(a - b).max() / jnp.abs(b).max() < 0.1

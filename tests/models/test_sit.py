@@ -6,28 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_network import SHAPE, SMALL, random_inputs, random_params
 
 from ism_jax.models import in_context, sit
-
-SHAPE = (8, 8, 3)
-SMALL = dict(num_classes=5, patch_size=2, hidden_size=32, depth=3, num_heads=2)
-
-
-def _random_params(model, seed=0):
-    """Parameters without zeros, so that every path through the network counts."""
-    params = sit.init_params(model, SHAPE, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    leaves = [leaf + 0.1 * rng.normal(size=leaf.shape).astype('f') for leaf in leaves]
-    return jax.tree.unflatten(tree, leaves)
-
-
-def _inputs(batch=4, d=0.0, w=0.0):
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(batch, *SHAPE)).astype(np.float32)
-    t = rng.uniform(size=batch).astype(np.float32)
-    label = np.arange(batch) % 6
-    return x, t, np.full(batch, d, 'f'), np.full(batch, w, 'f'), label
 
 
 def _numpy_sit(params, x, t, label, *, patch, heads):
@@ -96,8 +77,8 @@ def _numpy_sit(params, x, t, label, *, patch, heads):
 
 def test_at_d_0_and_w_0_it_is_a_sit():
     model = sit.SiT(**SMALL)
-    params = _random_params(model)
-    x, t, d, w, label = _inputs()
+    params = random_params(model)
+    x, t, d, w, label = random_inputs()
     ours = model.apply({'params': params}, x, t, d, w, label)
     theirs = _numpy_sit(params, x, t, label, patch=2, heads=2)
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
@@ -109,7 +90,7 @@ def test_d_and_w_have_no_effect_at_initialisation_and_can_learn_one(
     d, w, step_embedding
 ):
     model = sit.SiT(**SMALL, step_embedding=step_embedding)
-    x, t, d, w, label = _inputs(d=d, w=w)
+    x, t, d, w, label = random_inputs(d=d, w=w)
     zeros = np.zeros_like(d)
 
     def effect(params):
@@ -117,7 +98,7 @@ def test_d_and_w_have_no_effect_at_initialisation_and_can_learn_one(
         plain = model.apply({'params': params}, x, t, zeros, zeros, label)
         return float(jnp.abs(out - plain).max())
 
-    fresh = _random_params(model)
+    fresh = random_params(model)
     initial = sit.init_params(model, SHAPE, jax.random.key(0))
     for name in ('step_embedding', 'guidance_embedding'):
         if 'embedding' in fresh[name]:  # A table of zeros.
@@ -127,14 +108,14 @@ def test_d_and_w_have_no_effect_at_initialisation_and_can_learn_one(
         fresh[name]['out'] = jax.tree.map(jnp.zeros_like, fresh[name]['out'])
         assert not np.any(initial[name]['out']['kernel'])
         assert np.any(initial[name]['hidden']['kernel'])
-    assert effect(fresh) == 0 and effect(_random_params(model)) > 1e-3
+    assert effect(fresh) == 0 and effect(random_params(model)) > 1e-3
 
 
 def test_size_embedding_is_smooth_in_d():
     """MeanFlow differentiates in d, also at 0, where the network is a SiT."""
     model = sit.SiT(**SMALL, step_embedding='size', time_scale=1.0)
-    params = _random_params(model)
-    x, t, d, w, label = _inputs()
+    params = random_params(model)
+    x, t, d, w, label = random_inputs()
     out = lambda d: model.apply({'params': params}, x, t, d, w, label)
     for at in (0.0, 0.3):
         start, direction = jnp.full_like(t, at), jnp.ones_like(t)
@@ -153,19 +134,19 @@ def test_size_embedding_is_smooth_in_d():
 @pytest.mark.parametrize('embedding', sit.GUIDANCE_EMBEDDINGS)
 def test_the_interval_acts_with_guidance_only(embedding):
     model = sit.SiT(**SMALL, interval_input=True, guidance_embedding=embedding)
-    params = _random_params(model)
+    params = random_params(model)
 
     def out(w, start, end):
         interval = np.tile(np.array([[start, end]], 'f'), (4, 1))
-        return model.apply({'params': params}, *_inputs(w=w), interval)
+        return model.apply({'params': params}, *random_inputs(w=w), interval)
 
     assert jnp.abs(out(1.5, 0.0, 1.0) - out(1.5, 0.3, 1.0)).max() > 1e-3
     assert jnp.abs(out(1.5, 0.0, 1.0) - out(1.5, 0.0, 0.7)).max() > 1e-3
     np.testing.assert_array_equal(out(0.0, 0.0, 1.0), out(0.0, 0.3, 0.7))
-    everywhere = model.apply({'params': params}, *_inputs(w=1.5))
+    everywhere = model.apply({'params': params}, *random_inputs(w=1.5))
     np.testing.assert_array_equal(everywhere, out(1.5, 0.0, 1.0))
     # At w = 0 the network is the SiT of its other parameters.
-    plain = sit.SiT(**SMALL).apply({'params': params}, *_inputs())
+    plain = sit.SiT(**SMALL).apply({'params': params}, *random_inputs())
     np.testing.assert_array_equal(out(0.0, 0.3, 0.7), plain)
 
 
@@ -173,9 +154,10 @@ def test_the_ratio_embedding_saturates_for_large_guidance():
     outs = {}
     for embedding in sit.GUIDANCE_EMBEDDINGS:
         model = sit.SiT(**SMALL, guidance_embedding=embedding)
-        params = _random_params(model)
+        params = random_params(model)
         outs[embedding] = [
-            model.apply({'params': params}, *_inputs(w=w)) for w in (0.0, 100.0, 200.0)
+            model.apply({'params': params}, *random_inputs(w=w))
+            for w in (0.0, 100.0, 200.0)
         ]
     np.testing.assert_array_equal(outs['scale'][0], outs['ratio'][0])
     change = {name: jnp.abs(b - a).max() for name, (_, a, b) in outs.items()}
@@ -184,10 +166,10 @@ def test_the_ratio_embedding_saturates_for_large_guidance():
 
 def test_the_velocity_head_shares_a_trunk():
     model = sit.SiT(**SMALL, velocity_head=2)
-    params = _random_params(model)
+    params = random_params(model)
     stacks = {n: p['qkv']['bias'].shape[0] for n, p in params.items() if 'blocks' in n}
     assert stacks == {'blocks': 1, 'mean_blocks': 2, 'velocity_blocks': 2}
-    inputs = _inputs(d=0.5, w=1.0)
+    inputs = random_inputs(d=0.5, w=1.0)
     mean = model.apply({'params': params}, *inputs)
     both = model.apply({'params': params}, *inputs, with_velocity=True)
     np.testing.assert_array_equal(both[0], mean)
@@ -218,10 +200,10 @@ def test_the_velocity_head_shares_a_trunk():
 
 def test_output_is_continuous_in_w_and_differs_between_step_sizes():
     model = sit.SiT(**SMALL)
-    params = _random_params(model)
+    params = random_params(model)
 
     def out(d, w):
-        return model.apply({'params': params}, *_inputs(d=d, w=w))
+        return model.apply({'params': params}, *random_inputs(d=d, w=w))
 
     assert jnp.abs(out(0, 1e-4) - out(0, 0)).max() < 1e-2
     levels = [out(2.0**-k, 0) for k in range(7)]
@@ -249,10 +231,10 @@ def test_parameter_counts_of_the_presets():
 def test_remat_and_unrolling_keep_values_and_gradients(network, change):
     base, other = network(**SMALL), network(**SMALL, **change)
     assert base != other
-    params = _random_params(base)
+    params = random_params(base)
 
     def loss(params, model):
-        out = model.apply({'params': params}, *_inputs(d=0.25, w=1.0))
+        out = model.apply({'params': params}, *random_inputs(d=0.25, w=1.0))
         return jnp.sum(jnp.square(out))
 
     value, grad = jax.value_and_grad(loss)(params, base)
@@ -269,10 +251,10 @@ def test_remat_and_unrolling_keep_values_and_gradients(network, change):
 
 def test_remat_recomputes():
     base, full = sit.SiT(**SMALL), sit.SiT(**SMALL, remat='full')
-    params = _random_params(base)
+    params = random_params(base)
 
     def text(model):
-        loss = lambda p: model.apply({'params': p}, *_inputs()).sum()
+        loss = lambda p: model.apply({'params': p}, *random_inputs()).sum()
         return str(jax.make_jaxpr(jax.grad(loss))(params))
 
     assert 'remat' in text(full) and 'remat' not in text(base)
@@ -282,9 +264,9 @@ def test_bfloat16_rounds_the_computation_and_not_the_parameters():
     model = sit.SiT(**SMALL, dtype='bfloat16')
     params = sit.init_params(model, SHAPE, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
-    params = _random_params(model)
-    coarse = model.apply({'params': params}, *_inputs())
-    fine = sit.SiT(**SMALL).apply({'params': params}, *_inputs())
+    params = random_params(model)
+    coarse = model.apply({'params': params}, *random_inputs())
+    fine = sit.SiT(**SMALL).apply({'params': params}, *random_inputs())
     assert coarse.dtype == jnp.float32
     error = jnp.abs(coarse - fine).max() / jnp.abs(fine).max()
     assert 1e-5 < error < 0.1
