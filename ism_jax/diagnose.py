@@ -45,7 +45,7 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     network = trained_network.load(workdir, step)
     parts = network.experiment()
     objective = parts.objective
-    apply = objective.at_interval(parts.apply)
+    apply = objective.at_interval(parts.apply, objective.default_interval)
     noise, data, label, pool_size = _pairs(network.config, samples, workdir)
     subject = Subject(
         method=network.config.objective.name,

@@ -108,17 +108,15 @@ class BaseObjective(abc.ABC):
 
         return jax.lax.scan(body, (x, key), (times, steps))[0][0]
 
-    def at_interval(self, apply, interval=None):
+    def at_interval(self, apply, interval):
         """The network at a guidance interval, as a function of its other inputs.
 
         Args:
           apply: the network.
-          interval: start and end time of guidance; None for the method's default.
+          interval: start and end time of guidance, such as `default_interval`.
         """
         if not self.conditions_on_interval:
             return apply
-        if interval is None:
-            interval = (self.guidance_interval, 1.0)
 
         def conditioned(params, x, *rest):
             interval_of_each = jnp.broadcast_to(jnp.asarray(interval), (len(x), 2))
@@ -174,6 +172,11 @@ class BaseObjective(abc.ABC):
     def guidance_interval(self) -> float:
         """Time from which guidance acts, by default if `conditions_on_interval`."""
         return 0.0
+
+    @property
+    def default_interval(self) -> tuple[float, float]:
+        """Start and end time of guidance, where the sampler is given none."""
+        return self.guidance_interval, 1.0
 
     @property
     def conditions_on_interval(self) -> bool:

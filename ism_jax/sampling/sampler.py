@@ -57,7 +57,7 @@ class Sampler:
         self.batch_size = batch_size
         self.schedule = objective.schedule
         self.deterministic = objective.deterministic
-        self._interval = (objective.guidance_interval, 1.0)
+        self._interval = objective.default_interval
 
         def sample_from(params, noise, label, w, interval, times, steps, key):
             network = objective.at_interval(apply, interval)
