@@ -92,7 +92,9 @@ def test_steps_cost_the_passes_that_the_method_makes(name, passes):
     assert found == pytest.approx(passes * 256 * 2 * 118.64e9, rel=0.02)
 
 
-@pytest.mark.parametrize('data, fsdp', [(8, 1), (2, 4)])
+@pytest.mark.parametrize(
+    'data, fsdp', [(2, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
+)
 def test_bytes_of_the_state_are_what_xla_reports(data, fsdp):
     config = _get_config('quickstart', 'runlocal')
     config.model.update(hidden_size=64, depth=3)

@@ -147,6 +147,7 @@ def _assert_as_alone(workdir, texts, alone):
     assert max(jax.tree.leaves(difference)) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path, alone):
     workdir = tmp_path / 'run'
     flags = _flags(workdir, {})

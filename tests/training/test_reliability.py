@@ -100,8 +100,10 @@ def straight_child(tmp_path_factory):
 
 @pytest.mark.parametrize(
     'kind, code',
-    [(signal.SIGTERM, preemption.EXIT_CODE), (signal.SIGINT, 130)],
-    ids=['SIGTERM', 'SIGINT'],
+    [
+        pytest.param(signal.SIGTERM, preemption.EXIT_CODE, id='SIGTERM'),
+        pytest.param(signal.SIGINT, 130, id='SIGINT', marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_the_same_command_resumes(
     kind, code, tmp_path, straight_child

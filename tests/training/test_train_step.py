@@ -174,7 +174,10 @@ def test_accumulated_parts_draw_differently():
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize('devices,fsdp', [(2, 1), (8, 2), (8, 8)])
+@pytest.mark.parametrize(
+    'devices,fsdp',
+    [(8, 2), *(pytest.param(*m, marks=pytest.mark.slow) for m in ((2, 1), (8, 8)))],
+)
 def test_meshes_give_the_same_parameters(devices, fsdp):
     """Data parallel, fully sharded and both, against one device."""
     results = []
