@@ -35,8 +35,8 @@ SEARCH = {
     'consistency': (
         '',
         *(
-            f'objective.consistency={name}/model.step_embedding=size'
-            '/model.time_scale=1.0'
+            f'objective.consistency={name}/objective.step_draw=ends'
+            '/model.step_embedding=size/model.time_scale=1.0'
             for name in ('derivative', 'difference')
         ),
     ),

@@ -100,6 +100,8 @@ OPTION_RULES = {
     'base_steps': _POWER_OF_TWO,
     'guidance_interval': _FRACTION,
     'consistency': _one_of('bootstrap', 'derivative', 'difference'),
+    'step_draw': _one_of('dyadic', 'ends', 'uniform'),
+    'bootstrap_split': _one_of('half', 'random'),
     'difference_distance': ('in (0, 0.5]; 0.005 is usual', lambda v: 0 < v <= 0.5),
     'interval': _one_of('fixed', 'input'),
     'guidance_target': _one_of('unguided', 'guided'),
@@ -269,6 +271,13 @@ def _ism_problems(options) -> Iterator[str]:
             f'objective.batch_split = {options.batch_split} must be integers, '
             'such as (2, 1, 1) for a half and two quarters'
         )
+    if options.step_draw == 'dyadic':
+        for name, usual in (('consistency', 'bootstrap'), ('bootstrap_split', 'half')):
+            if options[name] != usual:
+                yield (
+                    f'objective.{name} = {options[name]!r} needs steps of any size; '
+                    "set objective.step_draw = 'ends'"
+                )
     if options.guidance_draw != 'grid':
         return
     step = options.guidance_step
@@ -361,7 +370,7 @@ def _objective_problems(c, objective) -> Iterator[str]:
     needed = {'interval_input': False, 'velocity_head': 0} | objective.model_options
     # Each with the option of the method that may decide it.
     decided_by = {
-        'step_embedding': 'consistency',
+        'step_embedding': 'step_draw',
         'interval_input': 'interval',
         'velocity_head': 'tangent',
     }

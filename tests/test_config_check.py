@@ -100,7 +100,9 @@ def test_normalisation_of_latents_is_whole(std):
             'model.interval_input = False does not',
         ),
         ('ism', {'model.interval_input': True}, 'set it to False'),
-        ('ism', {'objective.consistency': 'derivative'}, "set it to 'size'"),
+        ('ism', {'objective.step_draw': 'ends'}, "set it to 'size'"),
+        ('ism', {'objective.consistency': 'derivative'}, "step_draw = 'ends'"),
+        ('ism', {'objective.bootstrap_split': 'random'}, "step_draw = 'ends'"),
         ('ism', {'objective.consistency': 'jvp'}, "'derivative', 'difference'"),
         (
             'ism',

@@ -42,6 +42,8 @@ WORDS = {
     'model.backbone': ('sit', 'in_context'),
     'model.guidance_embedding': tuple(sit.GUIDANCE_EMBEDDINGS),
     'objective.consistency': ('bootstrap', 'derivative', 'difference'),
+    'objective.step_draw': ('dyadic', 'ends', 'uniform'),
+    'objective.bootstrap_split': ('half', 'random'),
     'objective.guidance_draw': ('grid', 'uniform', 'log_uniform'),
     'objective.guidance_target': ('unguided', 'guided'),
     'objective.interval': ('fixed', 'input'),

@@ -63,7 +63,10 @@ def _draw_candidates(space, steps=10, log=print):
 
 
 def test_candidates_are_valid_and_have_their_flops():
-    derivative = 'objective.consistency=derivative/model.step_embedding=size'
+    derivative = (
+        'objective.consistency=derivative/objective.step_draw=ends'
+        '/model.step_embedding=size'
+    )
     space = {
         'consistency': ('', derivative, 'objective.consistency=difference'),
         'batch': ('', 'train.batch_size=64', 'train.batch_size=32'),  # 32 is the base.

@@ -26,9 +26,15 @@ Choices that the paper leaves open, and deviations from its text:
     samples, and t is uniform on the multiples of 2d.
 
 Options beyond the paper:
-  * `consistency = 'derivative'` trains every t and d, instead of the dyadic ones, with
-    the target s = v + d ds/dt, where v = s'(x_t, t, c, 0, w); 'difference' replaces the
-    Jacobian-vector product by a finite difference. See `method.mean_velocity`.
+  * `step_draw` trains any t and d, instead of the dyadic ones: with 'ends', t and t + d
+    are two random times; with 'uniform', d ~ U(0, 1) and t ~ U(0, 1 - d), so that long
+    steps are more frequent. The velocity is then the limit of small steps. The two
+    steps of the target may meet anywhere (`bootstrap_split = 'random'`), as flow maps
+    compose at any time (Boffi et al., arXiv 2406.07507).
+  * `consistency = 'derivative'` has the target s = v + d ds/dt for such steps, where
+    v = s'(x_t, t, c, 0, w); 'difference' replaces the Jacobian-vector product by a
+    finite difference. See `method.mean_velocity`. Both diverge where the consistency
+    term weighs too much: `docs/results.md` has figures.
   * `guidance_target = 'guided'` has the target
     (x1 - x0) + w_t / (1 + w_t) sg( s'(x_t, t, c, 0, w) - s'(x_t, t, null, 0, 0) ).
     Both targets have the fixed point v(c) + w_t (v(c) - v(null)). This one multiplies
@@ -91,10 +97,17 @@ class Objective(BaseObjective):
     )
     consistency: Literal['bootstrap', 'derivative', 'difference'] = option(
         'bootstrap',
-        "target of a step: 'bootstrap' (two half-steps), 'derivative' or 'difference'",
+        "target of a step: 'bootstrap' (two steps), 'derivative' or 'difference'",
     )
     difference_distance: float = option(
         0.005, "time between the points of consistency = 'difference'; larger in bf16"
+    )
+    step_draw: Literal['dyadic', 'ends', 'uniform'] = option(
+        'dyadic',
+        "steps of consistency: 'dyadic', between two random 'ends', or 'uniform' in d",
+    )
+    bootstrap_split: Literal['half', 'random'] = option(
+        'half', "where the two steps of 'bootstrap' meet: in 'half', or at 'random'"
     )
     interval: Literal['fixed', 'input'] = option(
         'fixed', "guidance acts from guidance_interval on, or between two 'input' times"
@@ -130,14 +143,14 @@ class Objective(BaseObjective):
 
         velocity = self._velocity_inputs(batch_v, key_v)
         guided = self._guided_inputs(batch_g, key_g)
-        coarse = self._consistency_inputs(batch_c, key_c)
+        coarse, part = self._consistency_inputs(batch_c, key_c)
         # One teacher call for all inputs at x_t, at any step size and guidance.
         conditional, unconditional, first = apply_together(
             apply,
             target_params,
             repeats,
             *self._guidance_pair(guided),
-            coarse._replace(d=self._first_step(coarse.d)),
+            coarse._replace(d=self._embedded(part)),
         )
         guided_target = guidance.guided_velocity(
             batch_g.data - batch_g.noise,
@@ -146,7 +159,7 @@ class Objective(BaseObjective):
             self._acting_guidance(guided),
         )
         consistency_target = self._consistency_target(
-            apply, params, target_params, repeats, coarse, first
+            apply, params, target_params, repeats, coarse, part, first
         )
         prediction_v, prediction_g, prediction_c = apply_together(
             apply, params, repeats, velocity, guided, coarse
@@ -201,8 +214,8 @@ class Objective(BaseObjective):
         interval = self._sample_interval(key_interval, num)
         return Inputs(x, t, jnp.zeros_like(t), w, label, interval)
 
-    def _consistency_inputs(self, batch: Batch, key) -> Inputs:
-        """Inputs of a step from t to t + d."""
+    def _consistency_inputs(self, batch: Batch, key) -> tuple[Inputs, jax.Array]:
+        """Inputs of a step from t to t + d, and the size of its first part."""
         key_d, key_t, key_w, key_label, key_interval = jax.random.split(key, 5)
         num = batch.label.shape[0]
         if self.dyadic:
@@ -212,15 +225,24 @@ class Objective(BaseObjective):
             steps = 2.0 ** ((jnp.arange(num) + offset) % levels).astype(jnp.float32)
             t = jnp.floor(jax.random.uniform(key_t, (num,)) * steps) / steps
             d = 1 / steps
-        else:
+        elif self.step_draw == 'ends':
             ends = self._sample_times(key_t, 2 * num).reshape(2, num)
             t = ends.min(0)
             d = ends.max(0) - t
+        else:
+            d = jax.random.uniform(jax.random.fold_in(key_d, 0), (num,))
+            t = jax.random.uniform(key_t, (num,)) * (1 - d)
+        if self.consistency != 'bootstrap':
+            part = jnp.zeros_like(d)
+        elif self.bootstrap_split == 'half':
+            part = 0.5 * d
+        else:
+            part = d * jax.random.uniform(jax.random.fold_in(key_d, 1), (num,))
         w = self._sample_guidance(key_w, num, include_zero=True)
         x = interpolant.interpolate(batch.noise, batch.data, t)
         label = self._with_nulls(key_label, batch.label)
         interval = self._sample_interval(key_interval, num)
-        return Inputs(x, t, d, w, label, interval)
+        return Inputs(x, t, d, w, label, interval), part
 
     def _sample_times(self, key, num) -> jax.Array:
         return time_grid.sample_times(
@@ -264,16 +286,21 @@ class Objective(BaseObjective):
         w = jnp.where(guided.label == self.num_classes, 0.0, w)
         return w / (1 + w) if self.guidance_target == 'guided' else w
 
-    def _first_step(self, d) -> jax.Array:
-        """Size of the step that the teacher takes from x_t, for a target over d."""
-        if self.dyadic:
-            return time_grid.embedded_step(0.5 * d, self.base_steps)
-        return jnp.zeros_like(d)
+    def _embedded(self, d) -> jax.Array:
+        """The step size that the network is conditioned on."""
+        return time_grid.embedded_step(d, self.base_steps) if self.dyadic else d
 
     def _consistency_target(
-        self, apply, params, target_params, repeats, coarse: Inputs, first
+        self, apply, params, target_params, repeats, coarse: Inputs, part, first
     ) -> jax.Array:
-        """Target over the step of `coarse`; `first` is the teacher's `_first_step`."""
+        """Target over the step of `coarse`.
+
+        Args:
+          apply, params, target_params, repeats: see `__call__`.
+          coarse: inputs of the step.
+          part: size of the first of the two steps of 'bootstrap', else 0, [B].
+          first: the teacher's velocity over `part`, [B, H, W, C].
+        """
         if self.consistency == 'derivative':
             slope = mean_velocity.derivative(apply, target_params, coarse, first)
             return interpolant.step(first, slope, coarse.d)
@@ -282,16 +309,21 @@ class Objective(BaseObjective):
                 apply, target_params, repeats, coarse, first, self.difference_distance
             )
             return interpolant.step(first, slope, coarse.d)
-        half = 0.5 * coarse.d
-        fine = coarse._replace(d=self._first_step(coarse.d))
         move = first
         if self.midpoint == 'online':
-            (move,) = apply_together(apply, params, repeats, fine)
-        midpoint = fine._replace(
-            x=interpolant.step(fine.x, move, half), t=fine.t + half
+            (move,) = apply_together(
+                apply, params, repeats, coarse._replace(d=self._embedded(part))
+            )
+        rest = coarse.d - part
+        midpoint = coarse._replace(
+            x=interpolant.step(coarse.x, move, part),
+            t=coarse.t + part,
+            d=self._embedded(rest),
         )
         (second,) = apply_together(apply, target_params, repeats, midpoint)
-        return 0.5 * (first + second)
+        share = part / jnp.maximum(coarse.d, jnp.finfo(jnp.float32).tiny)
+        share = share[:, None, None, None]
+        return share * first + (1 - share) * second
 
     def _per_level(self, values, d) -> dict[str, jax.Array]:
         """Mean self-consistency error and number of samples for each step size.
@@ -317,7 +349,7 @@ class Objective(BaseObjective):
 
     @property
     def dyadic(self) -> bool:
-        return self.consistency == 'bootstrap'
+        return self.step_draw == 'dyadic'
 
     @property
     def model_options(self) -> dict:

@@ -440,30 +440,34 @@ def test_times_may_be_logit_normal():
         assert logit.std() == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize('consistency', ['derivative', 'difference'])
-def test_continuous_consistency_draws_every_step(consistency):
+@pytest.mark.parametrize('step_draw, mean', [('ends', 1 / 3), ('uniform', 1 / 2)])
+@pytest.mark.parametrize('consistency', ['bootstrap', 'derivative', 'difference'])
+def test_steps_of_any_size_are_drawn(consistency, step_draw, mean):
     batch = _batch(1024)
-    objective = _objective(consistency=consistency)
+    objective = _objective(consistency=consistency, step_draw=step_draw)
     assert not objective.dyadic and objective.min_batch == 4
     record = _Calls(objective, batch)
     _, t, d, w, label = record.part(2)
     assert (t >= 0).all() and (d > 0).all() and (t + d <= 1).all()
     assert len(set(d.tolist())) == len(d)
-    assert d.mean() == pytest.approx(1 / 3, abs=0.05)
+    assert d.mean() == pytest.approx(mean, abs=0.05)
     counts = sum(v for k, v in record.metrics.items() if 'consistency_samples' in k)
     assert 0.95 * len(d) < counts <= len(d)  # The rest is shorter than 1 / 64.
 
 
 @pytest.mark.parametrize(
-    'consistency, tolerance', [('derivative', 5e-5), ('difference', 1e-2)]
+    'options, tolerance',
+    [
+        (dict(consistency='derivative', step_draw='ends'), 5e-5),
+        (dict(consistency='difference', step_draw='ends'), 1e-2),
+        (dict(step_draw='ends'), 5e-5),
+        (dict(step_draw='uniform', bootstrap_split='random'), 5e-5),
+    ],
 )
-def test_the_exact_map_is_the_target_of_continuous_consistency(consistency, tolerance):
-    """At any t, d and w, in contrast to the bootstrap with its finest step."""
+def test_the_exact_map_is_the_target_of_steps_of_any_size(options, tolerance):
+    """At any t, d and w, in contrast to the dyadic bootstrap with its finest step."""
     objective = ism.Objective(
-        num_classes=8,
-        batch_split=(0, 0, 1),
-        guidance_interval=0.0,
-        consistency=consistency,
+        num_classes=8, batch_split=(0, 0, 1), guidance_interval=0.0, **options
     )
     recorded = []
 

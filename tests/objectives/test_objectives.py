@@ -79,10 +79,18 @@ POINT_OBJECTIVES = {
     ),
     'ism': ism.Objective(NULL, label_dropout=0.0, intrinsic_guidance=False),
     'ism derivative': ism.Objective(
-        NULL, label_dropout=0.0, intrinsic_guidance=False, consistency='derivative'
+        NULL,
+        label_dropout=0.0,
+        intrinsic_guidance=False,
+        consistency='derivative',
+        step_draw='ends',
     ),
     'ism difference': ism.Objective(
-        NULL, label_dropout=0.0, intrinsic_guidance=False, consistency='difference'
+        NULL,
+        label_dropout=0.0,
+        intrinsic_guidance=False,
+        consistency='difference',
+        step_draw='ends',
     ),
     'imf': imf.Objective(NULL, label_dropout=0.0, guidance_max=0.0),
     'imf boundary': imf.Objective(
@@ -179,7 +187,9 @@ STATIONARY = {
         ism.Objective(NULL, guidance_interval=0.3), guided_from(0.3), guided_from(0.0)
     ),
     'ism derivative': _case(
-        ism.Objective(NULL, consistency='derivative', guidance_max=2.0),
+        ism.Objective(
+            NULL, consistency='derivative', step_draw='ends', guidance_max=2.0
+        ),
         guided_from(0.3),
         guided_from(0.0),
     ),

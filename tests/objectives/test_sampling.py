@@ -65,7 +65,7 @@ DETERMINISTIC = {
     'imf': (imf.Objective(NULL), FLOW.apply, 2.0),
     'imm': (_IMM, unscaled(_IMM), 0.0),
     'ism derivative': (
-        ism.Objective(NULL, guidance_interval=0.0, consistency='derivative'),
+        ism.Objective(NULL, guidance_interval=0.0, step_draw='ends'),
         FLOW.apply,
         2.0,
     ),

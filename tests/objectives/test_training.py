@@ -129,6 +129,7 @@ TRAINED = {
             guidance_max=2.0,
             batch_split=(1, 1, 2),
             consistency='derivative',
+            step_draw='ends',
         ),
         (0.6, 0.4),
         1.0,
