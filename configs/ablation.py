@@ -25,7 +25,7 @@ SYSTEMS = {
     'alpha_flow': {'guidance': 0.5},
 }
 RUNGS = config_lib.RUNGS
-RECIPES = (*config_lib.RUNGS, *config_lib.REMOVALS, *SYSTEMS)
+RECIPES = (*config_lib.RUNGS, *config_lib.REMOVALS, 'best', *SYSTEMS)
 
 # The recipes of `--search`: `SEARCH_BASE`, changed by one option of each choice. An
 # option is what follows the name in a recipe: changes joined by slashes, '' for none.
@@ -91,5 +91,8 @@ def _use_recipe(c, recipe: str) -> None:
         if recipe == 'imm':
             # The paper has 1000. FD in one step: 7.3 with 1, 152 with 1000 (one seed).
             c.model.time_scale = 1.0
+        return
+    if recipe == 'best':
+        config_lib.use_best(c, guidance_max=1.5)
         return
     config_lib.use_rung(c, recipe)

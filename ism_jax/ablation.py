@@ -402,7 +402,7 @@ def write_summary(records: Sequence[dict], module, out: Path) -> str:
     table = ladder.format_table(records, module.RECIPES)
     files.write_bytes(out.with_suffix('.md'), table.encode())
     if {record['recipe'] for record in records} & {*module.RUNGS, *module.SYSTEMS}:
-        figure = ladder.plot(records, module.RUNGS, ('sm', *module.SYSTEMS))
+        figure = ladder.plot(records, module.RUNGS, ('sm', 'best', *module.SYSTEMS))
         figure.savefig(out.with_suffix('.png'), dpi=110)
     return table
 

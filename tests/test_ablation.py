@@ -75,8 +75,13 @@ def test_systems_share_data_and_budget(module):
     assert set(module.RECIPES) == {
         *config_lib.RUNGS,
         *config_lib.REMOVALS,
+        'best',
         *module.SYSTEMS,
     }
+    best = ablation.resolve(module, 'best', (), 0)
+    assert {
+        f.split('.')[0] for f in _changed(ablation.resolve(module, 'ism', (), 0), best)
+    } == {'objective', 'model', 'wavelet'}
 
 
 def test_a_recipe_changes_fields(module):

@@ -5,6 +5,7 @@ A record has the scores of one run at one number of sampling steps: a dict with
 """
 
 from collections.abc import Sequence
+import itertools
 import math
 
 from matplotlib import figure as figures
@@ -13,7 +14,10 @@ import numpy as np
 
 from ism_jax.sampling import image_grid
 
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000')
+COLORS = (
+    *('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000'),
+    *('#F0E442', '#999'),
+)
 
 
 def summarize(records: Sequence[dict], field: str) -> dict:
@@ -101,7 +105,7 @@ def plot(
         _draw_line(left, cells, color=color, label=image_grid.step_count(number))
     left.set_xticks(range(len(rungs)), rungs, rotation=20, ha='right')
     left.set_title('The ladder: each rung adds one part')
-    for system, color in zip((*systems, 'ism'), COLORS, strict=False):
+    for system, color in zip((*systems, 'ism'), itertools.cycle(COLORS), strict=False):
         cells = {number: distance.get((system, number)) for number in steps}
         _draw_line(right, cells, color=color, label=system)
     right.set_xscale('log', base=2)

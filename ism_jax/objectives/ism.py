@@ -33,8 +33,9 @@ Options beyond the paper:
     compose at any time (Boffi et al., arXiv 2406.07507).
   * `consistency = 'derivative'` has the target s = v + d ds/dt for such steps, where
     v = s'(x_t, t, c, 0, w); 'difference' replaces the Jacobian-vector product by a
-    finite difference. See `method.mean_velocity`. Both diverge where the consistency
-    term weighs too much: `docs/results.md` has figures.
+    finite difference. See `method.mean_velocity`. Both may diverge early in training:
+    `docs/results.md` has figures. `consistency_clip` bounds the targets, as the code of
+    Shortcut Models does.
   * `guidance_target = 'guided'` has the target
     (x1 - x0) + w_t / (1 + w_t) sg( s'(x_t, t, c, 0, w) - s'(x_t, t, null, 0, 0) ).
     Both targets have the fixed point v(c) + w_t (v(c) - v(null)). This one multiplies
@@ -109,6 +110,9 @@ class Objective(BaseObjective):
     bootstrap_split: Literal['half', 'random'] = option(
         'half', "where the two steps of 'bootstrap' meet: in 'half', or at 'random'"
     )
+    consistency_clip: float = option(
+        0.0, 'clip consistency targets to [-clip, clip]; 0 for none'
+    )
     interval: Literal['fixed', 'input'] = option(
         'fixed', "guidance acts from guidance_interval on, or between two 'input' times"
     )
@@ -161,6 +165,10 @@ class Objective(BaseObjective):
         consistency_target = self._consistency_target(
             apply, params, target_params, repeats, coarse, part, first
         )
+        if self.consistency_clip:
+            consistency_target = jnp.clip(
+                consistency_target, -self.consistency_clip, self.consistency_clip
+            )
         prediction_v, prediction_g, prediction_c = apply_together(
             apply, params, repeats, velocity, guided, coarse
         )

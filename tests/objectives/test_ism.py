@@ -160,6 +160,19 @@ def test_no_gradient_flows_into_targets():
         assert jax.grad(loss)(1.0, 2.0, midpoint) != 0
 
 
+def test_consistency_targets_are_clipped():
+    batch = _batch()
+    free, clipped = (
+        Recorder(_objective(consistency_clip=clip), batch) for clip in (0.0, 0.5)
+    )
+    prediction = _network(1.0, *(_take(a, (2, 1, 1), 2) for a in clipped.calls[-1][1:]))
+    targets = [prediction - np.asarray(r.errors[2]) for r in (free, clipped)]
+    np.testing.assert_allclose(np.clip(targets[0], -0.5, 0.5), targets[1], atol=1e-6)
+    assert np.abs(targets[0]).max() > 1
+    for number in (0, 1):  # Data are not clipped.
+        np.testing.assert_array_equal(free.errors[number], clipped.errors[number])
+
+
 def test_loss_weights_and_split():
     batch = _batch()
     errors = [jnp.mean(e**2) for e in Recorder(_objective(), batch).errors]
