@@ -103,6 +103,8 @@ OPTION_RULES = {
     'step_draw': _one_of('dyadic', 'ends', 'uniform'),
     'bootstrap_split': _one_of('half', 'random'),
     'consistency_clip': _at_least(0),
+    'derivative_warmup': _FRACTION,
+    'relaxation': ('above 0 and at most 1; 1 is the full step', lambda v: 0 < v <= 1),
     'difference_distance': ('in (0, 0.5]; 0.005 is usual', lambda v: 0 < v <= 0.5),
     'interval': _one_of('fixed', 'input'),
     'guidance_target': _one_of('unguided', 'guided'),
@@ -117,6 +119,7 @@ OPTION_RULES = {
         'usual',
         lambda v: v >= 2,
     ),
+    'bootstrap_weight': _POSITIVE,
     'guidance': (
         'at least 0 and finite: it is the classifier-free-guidance scale - 1',
         lambda v: 0 <= v < math.inf,
@@ -278,6 +281,13 @@ def _ism_problems(options) -> Iterator[str]:
                 yield (
                     f'objective.{name} = {options[name]!r} needs steps of any size; '
                     "set objective.step_draw = 'ends'"
+                )
+    if options.consistency == 'bootstrap':
+        for name, usual in (('derivative_warmup', 0), ('relaxation', 1)):
+            if options[name] != usual:
+                yield (
+                    f'objective.{name} = {options[name]} needs a target with a '
+                    "derivative; set objective.consistency = 'difference'"
                 )
     if options.guidance_draw != 'grid':
         return

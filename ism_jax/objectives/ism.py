@@ -33,9 +33,14 @@ Options beyond the paper:
     compose at any time (Boffi et al., arXiv 2406.07507).
   * `consistency = 'derivative'` has the target s = v + d ds/dt for such steps, where
     v = s'(x_t, t, c, 0, w); 'difference' replaces the Jacobian-vector product by a
-    finite difference. See `method.mean_velocity`. Both may diverge early in training:
-    `docs/results.md` has figures. `consistency_clip` bounds the targets, as the code of
-    Shortcut Models does.
+    finite difference. See `method.mean_velocity`. Both may diverge early in training,
+    for which there are three remedies (figures in `docs/results.md`):
+    `derivative_warmup` lets the factor of the derivative grow from 0 to 1 (tangent
+    warm-up, sCM, arXiv 2410.11081); `relaxation` moves the target from the teacher's
+    output s' only a part of the way, sg(s' + r (v + d ds'/dt - s')), which has the same
+    fixed point; `consistency_clip` bounds the target, as the code of Shortcut Models
+    does. With r = h / d and a difference over h, relaxation is the bootstrap whose
+    first step is h.
   * `guidance_target = 'guided'` has the target
     (x1 - x0) + w_t / (1 + w_t) sg( s'(x_t, t, c, 0, w) - s'(x_t, t, null, 0, 0) ).
     Both targets have the fixed point v(c) + w_t (v(c) - v(null)). This one multiplies
@@ -103,6 +108,12 @@ class Objective(BaseObjective):
     difference_distance: float = option(
         0.005, "time between the points of consistency = 'difference'; larger in bf16"
     )
+    derivative_warmup: float = option(
+        0.0, 'share of the training in which d ds/dt grows to its full size in targets'
+    )
+    relaxation: float = option(
+        1.0, "share of the way from the teacher's output to a target with d ds/dt"
+    )
     step_draw: Literal['dyadic', 'ends', 'uniform'] = option(
         'dyadic',
         "steps of consistency: 'dyadic', between two random 'ends', or 'uniform' in d",
@@ -140,7 +151,6 @@ class Objective(BaseObjective):
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress
     ):
-        del progress  # No curriculum.
         key_v, key_g, key_c = jax.random.split(key, 3)
         batch_v, batch_g, batch_c = training_batch.split(batch, self._shares())
         repeats = batch.label.shape[0] // self.batch_multiple
@@ -163,7 +173,7 @@ class Objective(BaseObjective):
             self._acting_guidance(guided),
         )
         consistency_target = self._consistency_target(
-            apply, params, target_params, repeats, coarse, part, first
+            apply, params, target_params, repeats, coarse, part, first, progress
         )
         if self.consistency_clip:
             consistency_target = jnp.clip(
@@ -299,7 +309,15 @@ class Objective(BaseObjective):
         return time_grid.embedded_step(d, self.base_steps) if self.dyadic else d
 
     def _consistency_target(
-        self, apply, params, target_params, repeats, coarse: Inputs, part, first
+        self,
+        apply,
+        params,
+        target_params,
+        repeats,
+        coarse: Inputs,
+        part,
+        first,
+        progress,
     ) -> jax.Array:
         """Target over the step of `coarse`.
 
@@ -308,15 +326,16 @@ class Objective(BaseObjective):
           coarse: inputs of the step.
           part: size of the first of the two steps of 'bootstrap', else 0, [B].
           first: the teacher's velocity over `part`, [B, H, W, C].
+          progress: see `__call__`.
         """
-        if self.consistency == 'derivative':
-            slope = mean_velocity.derivative(apply, target_params, coarse, first)
-            return interpolant.step(first, slope, coarse.d)
-        if self.consistency == 'difference':
-            slope = mean_velocity.difference(
-                apply, target_params, repeats, coarse, first, self.difference_distance
+        if self.consistency != 'bootstrap':
+            value, slope = self._derivative(
+                apply, target_params, repeats, coarse, first
             )
-            return interpolant.step(first, slope, coarse.d)
+            if self.derivative_warmup:
+                slope *= jnp.minimum(1.0, progress / self.derivative_warmup)
+            target = interpolant.step(first, slope, coarse.d)
+            return value + self.relaxation * (target - value)
         move = first
         if self.midpoint == 'online':
             (move,) = apply_together(
@@ -332,6 +351,14 @@ class Objective(BaseObjective):
         share = part / jnp.maximum(coarse.d, jnp.finfo(jnp.float32).tiny)
         share = share[:, None, None, None]
         return share * first + (1 - share) * second
+
+    def _derivative(self, apply, target_params, repeats, coarse: Inputs, velocity):
+        """The teacher's mean velocity and its derivative along the path."""
+        if self.consistency == 'derivative':
+            return mean_velocity.derivative(apply, target_params, coarse, velocity)
+        return mean_velocity.difference(
+            apply, target_params, repeats, coarse, velocity, self.difference_distance
+        )
 
     def _per_level(self, values, d) -> dict[str, jax.Array]:
         """Mean self-consistency error and number of samples for each step size.
@@ -370,6 +397,10 @@ class Objective(BaseObjective):
     @property
     def uses_target_ema(self) -> bool:
         return True
+
+    @property
+    def has_curriculum(self) -> bool:
+        return self.derivative_warmup > 0
 
     @property
     def batch_multiple(self) -> int:

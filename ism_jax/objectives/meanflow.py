@@ -105,7 +105,7 @@ class Objective(BaseObjective):
         [B, H, W, C], and also the tangent. `progress` is for alpha-Flow's annealing.
         """
         del progress
-        slope = mean_velocity.derivative(apply, params, inputs, velocity)
+        _, slope = mean_velocity.derivative(apply, params, inputs, velocity)
         return interpolant.step(velocity, slope, inputs.d)
 
     def _guided_velocities(self, apply, params, repeats, parts, batches):

@@ -48,6 +48,7 @@ class Objective(BaseObjective):
         0.1, 'probability that a label becomes null, in flow matching'
     )
     bootstrap_every: int = option(8, 'one in this many samples is bootstrapped')
+    bootstrap_weight: float = option(1.0, 'weight of bootstrapped samples')
     base_steps: int = option(128, '1 / the finest step size, a power of two')
     guidance: float = option(0.5, 'guidance scale w in the targets; 0 for none')
     cfg_levels: Literal['finest', 'all'] = option(
@@ -95,6 +96,7 @@ class Objective(BaseObjective):
             bootstrap=(bootstrap, bootstrap_target),
             velocity=(velocity, flow_target),
         )
+        errors['bootstrap'] *= self.bootstrap_weight
         return sum(error.sum() / size for error in errors.values()), metrics
 
     def bootstrap_target(self, apply, params, x, t, d, label) -> jax.Array:

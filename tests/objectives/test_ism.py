@@ -39,7 +39,7 @@ def _network(params, x, t, d, w, label):
 class Recorder:
     """Calls the objective and records the network's calls and the errors."""
 
-    def __init__(self, objective, batch, *, network=_network, key=0):
+    def __init__(self, objective, batch, *, network=_network, key=0, progress=0.0):
         self.calls, self.errors = [], []
 
         def apply(params, x, t, d, w, label):
@@ -50,9 +50,9 @@ class Recorder:
             self.errors.append(error)
             return jnp.mean(error**2, axis=(1, 2, 3)), {}
 
-        self.loss, self.metrics = objective(
-            apply, 1.0, 2.0, batch, jax.random.key(key), distance=distance, progress=0.0
-        )
+        options = dict(distance=distance, progress=progress)
+        key = jax.random.key(key)
+        self.loss, self.metrics = objective(apply, 1.0, 2.0, batch, key, **options)
 
 
 def _parts(batch, split=(2, 1, 1)):
@@ -493,3 +493,29 @@ def test_the_exact_map_is_the_target_of_steps_of_any_size(options, tolerance):
     batch = batch_of(jax.random.key(0), 512)
     objective(flow, None, None, batch, key, **options)
     assert recorded[0] < tolerance
+
+
+@pytest.mark.parametrize('consistency', ['derivative', 'difference'])
+def test_targets_with_a_derivative_are_warmed_up_and_relaxed(consistency):
+    options = dict(consistency=consistency, step_draw='ends')
+
+    def target(progress=1.0, **changes):
+        record = Recorder(_objective(**options, **changes), _batch(), progress=progress)
+        student = [_take(a, (2, 1, 1), 2) for a in record.calls[-1][1:]]
+        return student, _network(1.0, *student) - np.asarray(record.errors[2])
+
+    (x, t, d, w, label), full = target()
+    velocity = _network(2.0, x, t, np.zeros_like(d), w, label)
+    warmup = dict(derivative_warmup=0.5)
+    for progress, factor in ((0.0, 0.0), (0.2, 0.4), (0.5, 1.0), (0.9, 1.0)):
+        _, warming = target(progress, **warmup)
+        expected = velocity + factor * (full - velocity)
+        np.testing.assert_allclose(warming, expected, atol=2e-4)
+    _, relaxed = target(relaxation=0.25)
+    teacher = _network(2.0, x, t, d, w, label)
+    expected = teacher + 0.25 * (full - teacher)
+    # The difference interpolates the teacher between its two points.
+    np.testing.assert_allclose(relaxed, expected, atol=5e-3)
+    assert np.abs(full - teacher).max() > 0.1
+    assert not _objective(**options).has_curriculum
+    assert _objective(**options, **warmup).has_curriculum
