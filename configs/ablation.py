@@ -25,7 +25,7 @@ SYSTEMS = {
     'alpha_flow': {'guidance': 0.5},
 }
 RUNGS = config_lib.RUNGS
-RECIPES = (*config_lib.RUNGS, *config_lib.REMOVALS, 'best', *SYSTEMS)
+RECIPES = config_lib.recipes(SYSTEMS)
 
 # The recipes of `--search`: `SEARCH_BASE`, changed by one option of each choice. An
 # option is what follows the name in a recipe: changes joined by slashes, '' for none.
@@ -74,25 +74,5 @@ def get_config(arg: str = ''):
         guidance=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
         batch_size=250,
     )
-    c.scores.update(enabled=False, samples=1000)  # ism_jax.ablation scores the runs.
-    recipe, _, rest = arg.partition(',')
-    if recipe == 'runlocal':
-        recipe, rest = '', recipe
-    _use_recipe(c, recipe or 'ism')
-    return config_lib.with_argument(c, rest)
-
-
-def _use_recipe(c, recipe: str) -> None:
-    """Makes `c` train one of `RECIPES`."""
-    if recipe not in RECIPES:
-        raise ValueError(f'recipe {recipe!r} is not one of {", ".join(RECIPES)}')
-    if recipe in SYSTEMS:
-        config_lib.use_objective(c, recipe, **SYSTEMS[recipe])
-        if recipe == 'imm':
-            # The paper has 1000. FD in one step: 7.3 with 1, 152 with 1000 (one seed).
-            c.model.time_scale = 1.0
-        return
-    if recipe == 'best':
-        config_lib.use_best(c, guidance_max=1.5)
-        return
-    config_lib.use_rung(c, recipe)
+    c.scores.update(enabled=False, samples=5000)  # ism_jax.ablation scores the runs.
+    return config_lib.use_recipe(c, arg, SYSTEMS, guidance_max=1.5)

@@ -28,8 +28,5 @@ def get_config(arg: str = ''):
     # Not in the paper; every run that we have measured had both.
     c.optimizer.update(warmup_steps=10_000, clip_norm=1.0)
     c.train.steps = 250_000
-    recipe, _, rest = arg.partition(',')
-    if recipe == 'runlocal':
-        recipe, rest = '', recipe
-    config_lib.use_rung(c, recipe or 'ism')
-    return config_lib.with_argument(c, rest)
+    # The scale of `best` is that of configs/imagenet256_best.py.
+    return config_lib.use_recipe(c, arg, {}, guidance_max=3.5)

@@ -10,12 +10,14 @@ checkpoint.
     --recipes sm,ism,ism/transport.epsilon=0.02/ema.target_decay=0.99
 
 selects recipes, with changed fields after slashes (in double quotes if a value has a
-comma). `--set train.steps=500` changes a field of all recipes.
+comma). `--set train.steps=500` changes a field of all recipes. With `--equal_flops ism`
+every recipe trains with as many FLOPs as that one, in fewer steps if its step has more
+(by `ism_jax.cost`: teacher calls and Jacobian-vector products count).
 
 The scores are the Frechet distance and accuracy by the small classifier of
 `ism_jax.train`. If a method offers a range of guidance scales, each number of steps up
-to 8 uses the scale of `sample.guidance` with the lowest Frechet distance on a separate
-set of samples; more steps use the scale of the last of these. The score is then
+to 8 uses the scale of `sample.guidance` with the lowest Frechet distance on other
+samples, at most 1,000; more steps use the scale of the last of these. The score is then
 computed with different noise. If the network is conditioned on the guidance interval,
 that is chosen in the same way, at the chosen scale.
 
@@ -67,6 +69,8 @@ MAX_STEPS_WITH_CHOICE = 8
 INTERVALS = ((0.0, 1.0), (0.25, 1.0), (0.0, 0.75), (0.25, 0.75))
 # Added to a run's seed for the noise of the samples that choose the guidance scale.
 CHOICE_SEED = 10_000
+# These samples are at most as many.
+MAX_CHOICE_SAMPLES = 1000
 # Longest name of a run's folder without its seed; file systems allow 255 bytes.
 MAX_FOLDER_NAME = 240
 
@@ -157,7 +161,7 @@ def run_all(
     if waiting:
         # The classifier that all runs share is trained here, once.
         source = make_source(configs[waiting[0]])
-        SampleScorer(source, None, cache_dir=workdir, seed=0, log=log)
+        SampleScorer(source, None, cache_dir=workdir, seed=0, samples=2, log=log)
     for run in waiting:
         prepare_folder(run_folder(workdir, run), texts[run])
 
@@ -300,7 +304,10 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
     # All runs, at any seed, share the real images and the classifier.
     experiment = run.experiment()
     sampler, source = experiment.make_sampler(), make_source(run.config)
-    scorer = SampleScorer(source, sampler, cache_dir=folder.parent, seed=0)
+    samples = run.config.scores.samples
+    scorer = SampleScorer(
+        source, sampler, cache_dir=folder.parent, seed=0, samples=samples
+    )
     started = time.time()
     records = score(
         scorer,
@@ -308,13 +315,15 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
         steps=run.config.sample.steps,
         guidance=run.config.sample.guidance,
         intervals=INTERVALS if experiment.objective.conditions_on_interval else (),
-        samples=run.config.scores.samples,
+        samples=samples,
         seed=run.config.seed,
     )
     about = {
         'real_fd': scorer.floor['fd'],
         'real_accuracy': scorer.floor['accuracy'],
+        'real_samples': scorer.floor['samples'],
         'trained_steps': run.step,
+        'step_gflop': recipe_search.step_flops(run.config) / 1e9,
         'train_minutes': train_minutes,
         'score_minutes': (time.time() - started) / 60,
         **provenance.environment(),
@@ -356,7 +365,12 @@ def score(
     def choose(number, name, values):
         """Sets the value with the lowest distance; returns all distances."""
         distances = {
-            value: score_with(number, CHOICE_SEED + seed, **{name: value})['fd']
+            value: score_with(
+                number,
+                CHOICE_SEED + seed,
+                samples=min(samples, MAX_CHOICE_SAMPLES),
+                **{name: value},
+            )['fd']
             for value in values
         }
         # NaN, from samples that diverged, is never chosen.
@@ -516,10 +530,16 @@ def run_flags() -> None:
         return run_search(module, path, **options)
     failures = {}
     if not FLAGS.summary:
+        recipes = FLAGS.recipes or module.RECIPES
+        if FLAGS.equal_flops:
+            resolve_recipe = lambda recipe: resolve(module, recipe, FLAGS.set, 0)
+            recipes = recipe_search.with_equal_flops(
+                recipes, FLAGS.equal_flops, resolve_recipe
+            )
         failures = run_all(
             module,
             path,
-            recipes=FLAGS.recipes or module.RECIPES,
+            recipes=recipes,
             seeds=command_line.parse_numbers(FLAGS.seeds, int),
             **options,
         )
@@ -537,6 +557,9 @@ if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_string('config', 'configs/ablation.py', 'Config file with RECIPES.')
     flags.DEFINE_list('recipes', [], 'Recipes; all in the config file by default.')
+    flags.DEFINE_string(
+        'equal_flops', '', 'Recipe whose training FLOPs every recipe has.'
+    )
     flags.DEFINE_string('seeds', '0,1,2', 'Seeds of each recipe.')
     flags.DEFINE_multi_string('set', [], 'field=value, for every recipe.')
     flags.DEFINE_string('workdir', 'runs/ablation', 'Folder of the runs.')

@@ -35,6 +35,7 @@ from typing import Any
 from absl import flags
 import jax
 
+from ism_jax import config as config_lib
 from ism_jax import config_check, experiment, trained_network
 from ism_jax.data import sources
 from ism_jax.data.source import Source
@@ -152,14 +153,22 @@ def run_source(run: trained_network.TrainedNetwork) -> Source | None:
 
 
 def describe(run: trained_network.TrainedNetwork) -> dict[str, Any]:
-    """What identifies the network of a run, for the record and hash of its scores."""
+    """What identifies the network of a run, for the record and hash of its scores.
+
+    Options at their defaults are left out: new ones keep the hash of earlier scores.
+    """
     autoencoder = run.config.data.autoencoder
+    objective = run.config.objective.to_dict()
+    usual = config_lib.objective_defaults(objective['name']).to_dict() | {'name': ''}
+    changed = lambda options, usual: {
+        name: value for name, value in options.items() if value != usual.get(name)
+    }
     return {
         'params_sha256': exported_network.params_digest(run.params),
         'average': 'infer',
         'trained_steps': run.step,
-        'objective': run.config.objective.to_dict(),
-        'model': run.config.model.to_dict(),
+        'objective': changed(objective, usual),
+        'model': changed(run.config.model.to_dict(), config_lib.default().model),
         'autoencoder': autoencoder,
         'autoencoder_sha256': autoencoder_weights.digest(autoencoder)
         if autoencoder
@@ -224,7 +233,7 @@ def evaluate_by_classifier(
     if samples < 2:
         raise ValueError(f'--samples {samples}: a score needs at least 2')
     scorer = sample_scorer.SampleScorer(
-        source, sampler, cache_dir=workdir, seed=run.config.seed
+        source, sampler, cache_dir=workdir, seed=run.config.seed, samples=samples
     )
     return sample_scorer.score_settings(
         scorer,

@@ -320,7 +320,12 @@ class Experiment:
         if not self.config.scores.enabled:
             return None
         return SampleScorer(
-            self.source, sampler, cache_dir=cache_dir, seed=self.config.seed, log=log
+            self.source,
+            sampler,
+            cache_dir=cache_dir,
+            seed=self.config.seed,
+            samples=self.config.scores.samples,
+            log=log,
         )
 
     def score(self, scorer: SampleScorer, state, workdir, log) -> None:

@@ -175,6 +175,26 @@ def with_budget(recipe: str, steps: int, ratio: float) -> str:
     return f'{recipe}/train.steps={max(1, round(steps / ratio))}'
 
 
+def with_equal_flops(
+    recipes: Sequence[str], base: str, resolve: Callable[[str], object]
+) -> list[str]:
+    """The recipes with the training FLOPs of `base`.
+
+    Args:
+      recipes: their names.
+      base: the name of another recipe.
+      resolve: see `draw_candidates`.
+    """
+    config = resolve(base)
+    steps, flops = config.train.steps, step_flops(config)
+    return [
+        recipe
+        if recipe == base
+        else with_budget(recipe, steps, step_flops(resolve(recipe)) / flops)
+        for recipe in recipes
+    ]
+
+
 def halve(
     flops: Mapping[str, int],
     *,

@@ -10,7 +10,8 @@ def ladder_records():
             'guidance': 0.0,
             'fd': base + seed + steps,
             'accuracy': 0.5,
-            'train_minutes': 2.0,
+            'trained_steps': 500,
+            'step_gflop': 4.0,
         }
         for recipe, base in (('sm', 20.0), ('ism', 10.0), ('flow_matching', 30.0))
         for seed in (0, 1, 2)

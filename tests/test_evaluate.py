@@ -63,7 +63,10 @@ def test_description_identifies_the_network(small_run):
         'autoencoder', 'autoencoder_sha256',
     ]  # fmt: skip
     assert description['trained_steps'] == 6 and description['autoencoder'] == ''
-    assert description['objective']['name'] == 'ism'
+    # Options at their defaults are left out, so that a new one keeps earlier scores.
+    assert description['objective'] == {'name': 'ism'}
+    assert description['model']['hidden_size'] == run.config.model.hidden_size
+    assert 'time_scale' not in description['model']
     earlier = trained_network.load(small_run, 3)
     assert evaluate.describe(earlier)['params_sha256'] != description['params_sha256']
 
@@ -103,6 +106,7 @@ def _photographs(folder, count, seed):
     return folder
 
 
+@pytest.mark.slow  # The parts of the score are compared in tests/evaluation.
 def test_command_line_agrees_with_torch_fidelity(
     tmp_path, inception_file, torch_fidelity
 ):

@@ -62,6 +62,17 @@ def _draw_candidates(space, steps=10, log=print):
     )
 
 
+def test_recipes_train_with_equal_flops():
+    base = 'ism/train.steps=100'
+    split = 'ism/objective.midpoint=online'  # One more forward pass.
+    same, other = recipe_search.with_equal_flops([base, split], base, _resolve)
+    assert same == base and other.startswith(f'{split}/train.steps=')
+    configs = [_resolve(recipe) for recipe in (same, other)]
+    spent = [c.train.steps * recipe_search.step_flops(c) for c in configs]
+    assert configs[1].train.steps < 97
+    np.testing.assert_allclose(*spent, rtol=0.01)
+
+
 def test_candidates_are_valid_and_have_their_flops():
     derivative = (
         'objective.consistency=derivative/objective.step_draw=ends'

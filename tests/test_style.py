@@ -7,7 +7,7 @@ import sys
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ('ism_jax', 'tests', 'configs')
+FOLDERS = ('ism_jax', 'tests', 'configs', 'launch/draw_glyphs.py')
 
 
 @pytest.mark.parametrize('command', [('check',), ('format', '--check')])

@@ -1,7 +1,8 @@
 """The table and the figure of an ablation, from its records.
 
 A record has the scores of one run at one number of sampling steps: a dict with
-`recipe`, `seed`, `steps`, `fd`, `accuracy` and `train_minutes`.
+`recipe`, `seed`, `steps`, `fd`, `accuracy`, `trained_steps` and `step_gflop`, the GFLOP
+of a training step, which records of earlier versions do not have.
 """
 
 from collections.abc import Sequence
@@ -42,16 +43,20 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
 def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
     """A Markdown table with a row per recipe and a column per number of steps.
 
+    The last column has the FLOPs of the training.
+
     Args:
       records: records of the ablation.
       recipes: recipes in the order of the rows; others follow in alphabetical order.
     """
     distance, accuracy = (summarize(records, field) for field in ('fd', 'accuracy'))
     steps = sorted({record['steps'] for record in records})
-    minutes = {}
+    tflop = {}
     for record in records:
-        of_recipe = minutes.setdefault(record['recipe'], {})
-        of_recipe[record['seed']] = record['train_minutes']
+        of_recipe = tflop.setdefault(record['recipe'], {})
+        of_recipe[record['seed']] = (
+            record['trained_steps'] * record.get('step_gflop', math.nan) / 1000
+        )
 
     def cell(recipe, number):
         if (recipe, number) not in distance:
@@ -59,15 +64,14 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
         share = accuracy[recipe, number][0]
         return f'{format_mean(*distance[recipe, number][:2])} ({share:.0%})'
 
-    header = ['recipe', *map(image_grid.step_count, steps), 'seeds', 'min']
+    header = ['recipe', *map(image_grid.step_count, steps), 'seeds', 'TFLOP']
     rows = [header, ['---'] * len(header)]
-    order = [recipe for recipe in recipes if recipe in minutes]
-    for recipe in (*order, *sorted(minutes.keys() - set(recipes))):
-        of_seeds = list(minutes[recipe].values())
+    order = [recipe for recipe in recipes if recipe in tflop]
+    for recipe in (*order, *sorted(tflop.keys() - set(recipes))):
+        of_seeds = list(tflop[recipe].values())
         cells = (cell(recipe, number) for number in steps)
-        rows.append(
-            [f'`{recipe}`', *cells, f'{len(of_seeds)}', f'{np.mean(of_seeds):.1f}']
-        )
+        spent = format_number(np.mean(of_seeds))
+        rows.append([f'`{recipe}`', *cells, f'{len(of_seeds)}', spent])
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + '\n'
 
 

@@ -32,10 +32,13 @@ class SampleScorer:
       sampler: draws the samples.
       cache_dir: folder of the classifier's file.
       seed: seed of the samples' noise and of the choice of real images.
+      samples: number of samples of a score, and of real images of the floor; FD falls
+        with this number, so that only equal numbers can be compared.
       log: called with progress messages.
 
     Attributes:
-      floor: scores of held-out real images against the same reference.
+      floor: scores of `samples` real images against the same reference: the held-out
+        ones, which are fewer in small data sets, and others that are not in it.
       reference: describes the real images.
     """
 
@@ -46,6 +49,7 @@ class SampleScorer:
         *,
         cache_dir,
         seed: int,
+        samples: int,
         log: Callable[[str], Any] = print,
     ):
         if len(source) < MIN_REAL_IMAGES:
@@ -53,17 +57,16 @@ class SampleScorer:
                 f'{source!r} has {len(source)} images, but scores need at least '
                 f'{MIN_REAL_IMAGES}: add images, or turn scores off'
             )
-        order = np.random.default_rng(seed).permutation(len(source))[:MAX_REAL_IMAGES]
-        examples = [source[int(index)] for index in order]
-        images = np.stack([example['image'] for example in examples])
-        labels = np.asarray([example['label'] for example in examples])
+        order = np.random.default_rng(seed).permutation(len(source))
+        images, labels = _read(source, order[:MAX_REAL_IMAGES])
         self.num_classes = len(source.class_names)
         self._classifier = classifier.load_or_train(
             images, labels, num_classes=self.num_classes, cache_dir=cache_dir, log=log
         )
         kept, held_out = classifier.split(len(images))
         self._statistics = feature_statistics(self._classifier, images[kept])
-        self.floor = self.score([(images[held_out], labels[held_out])])
+        floor = np.concatenate([order[held_out], order[MAX_REAL_IMAGES:]])[:samples]
+        self.floor = self.score([_read(source, floor)])
         self.reference = f'{len(kept):,} real images of {source!r}'
         self._sampler = sampler
         self._seed = seed
@@ -209,6 +212,13 @@ def score_settings(
     )
     log(f'\n{table}\n')
     return new
+
+
+def _read(source, indices) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels."""
+    examples = [source[int(index)] for index in indices]
+    images = np.stack([example['image'] for example in examples])
+    return images, np.asarray([example['label'] for example in examples])
 
 
 def _round(images):

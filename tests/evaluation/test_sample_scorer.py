@@ -36,7 +36,7 @@ def real():
 
 
 @pytest.fixture
-def scorer(real, monkeypatch):
+def make_scorer(real, monkeypatch):
     monkeypatch.setattr(classifier, 'load_or_train', lambda *_, **__: two_pixels)
     source = array_source.ArraySource('pixels', real, brighter(real), ['left', 'right'])
 
@@ -50,9 +50,15 @@ def scorer(real, monkeypatch):
     sampler = sampler_lib.Sampler(
         ism.Objective(num_classes=2), apply, (1, 2, 1), batch_size=8
     )
-    return sample_scorer.SampleScorer(
-        source, sampler, cache_dir=None, seed=0, log=lambda line: None
+    options = dict(cache_dir=None, seed=0, log=lambda line: None)
+    return lambda samples: sample_scorer.SampleScorer(
+        source, sampler, samples=samples, **options
     )
+
+
+@pytest.fixture
+def scorer(make_scorer):
+    return make_scorer(50)
 
 
 def _textbook_distance(features1, features2):
@@ -99,6 +105,17 @@ def test_floor_is_of_the_held_out_images(scorer):
     assert scorer.reference.startswith("45 real images of ArraySource('pixels'")
 
 
+@pytest.mark.parametrize('samples, floor', [(2, 2), (5, 5), (14, 14), (100, 14)])
+def test_floor_has_as_many_images_as_there_are_samples(
+    make_scorer, monkeypatch, samples, floor
+):
+    """A tenth of the 40 images that may be read is held out; 10 images are left."""
+    monkeypatch.setattr(sample_scorer, 'MAX_REAL_IMAGES', 40)
+    scorer = make_scorer(samples)
+    assert scorer.floor['samples'] == floor
+    assert scorer.reference.startswith('36 real images')
+
+
 def test_a_diverged_model_gets_a_nan_and_a_warning(scorer):
     samples = two_pixel_images(10)
     labels = brighter(samples)
@@ -115,7 +132,7 @@ def test_a_diverged_model_gets_a_nan_and_a_warning(scorer):
 def test_too_few_real_images_are_refused(real):
     source = array_source.ArraySource('few', real[:19], np.zeros(19, int), ['only'])
     with pytest.raises(ValueError, match='has 19 images, but scores need at least 20'):
-        sample_scorer.SampleScorer(source, None, cache_dir=None, seed=0)
+        sample_scorer.SampleScorer(source, None, cache_dir=None, seed=0, samples=9)
 
 
 def test_settings_are_scored_and_replace_their_earlier_records(scorer, tmp_path):

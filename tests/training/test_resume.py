@@ -169,6 +169,7 @@ def test_non_finite_steps_stop_the_run_and_keep_batches(tmp_path):
         assert not np.isfinite(batch['loss'] + batch['gradient_norm'])
 
 
+@pytest.mark.slow  # tests/transport has the pairings.
 def test_transport_changes_the_pairing_and_can_be_switched_off(tmp_path):
     losses = []
     for name, change in (
