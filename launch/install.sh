@@ -13,14 +13,9 @@ if driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/
 elif compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
   jax='jax[tpu]'
 fi
-edits=(-e "s/^jax>/$jax>/")
-# Keep a TensorFlow that is installed already, such as Colab's.
-if "$python" -c 'import importlib.metadata as m; m.version("tensorflow")' 2>/dev/null; then
-  edits+=(-e '/^tensorflow-cpu/d')
-fi
 list="$(mktemp)"
 trap 'rm -f "$list"' EXIT
-sed "${edits[@]}" "$(dirname "${BASH_SOURCE[0]}")/../requirements.txt" >"$list"
+sed "s/^jax>/$jax>/" "$(dirname "${BASH_SOURCE[0]}")/../requirements.txt" >"$list"
 printf '%s\n' "$@" >>"$list"
 if [ -n "${PRINT:-}" ]; then
   cat "$list"

@@ -4,22 +4,28 @@
 #   bash launch/test.sh                                # all, without slow tests
 #   bash launch/test.sh tests/models/test_sit.py       # one file; any arguments of pytest
 #   bash launch/test.sh -m slow                        # the slow tests
-#   PARITY=1 bash launch/test.sh                       # all, with tests/requirements.txt
+#   PARITY=1 bash launch/test.sh                       # all, with tests/parity.txt
 #
-# Tests mirror the package: tests/models/ is for ism_jax/models/. tests/requirements.txt
-# has the original networks that ours are compared with, and what the notebook and the web
-# page need; without it those tests are skipped.
+# Tests mirror the package: tests/models/ is for ism_jax/models/. tests/parity.txt has the
+# original networks that ours are compared with, and what the notebook and the web page
+# need; without it those tests are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-if [ -n "${PARITY:-}" ] &&
-  ! cmp -s tests/requirements.txt .venv/installed-tests-requirements.txt; then
-  echo "environment: installing tests/requirements.txt into .venv"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    -r tests/requirements.txt
+
+install() { # Installs a list of packages once.
+  if ! cmp -s "tests/$1" ".venv/installed-tests-$1"; then
+    echo "environment: installing tests/$1 into .venv"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "tests/$1"
+    cp "tests/$1" ".venv/installed-tests-$1"
+  fi
+}
+
+install requirements.txt
+if [ -n "${PARITY:-}" ]; then
   # Without its dependencies: torchvision would install another PyTorch.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --no-deps 'torch-fidelity>=0.4,<0.5'
-  cp tests/requirements.txt .venv/installed-tests-requirements.txt
+  install parity.txt
 fi
 if [ $# -eq 0 ]; then
   set -- --numprocesses=2 --dist=loadfile

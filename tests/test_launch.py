@@ -3,12 +3,18 @@
 import importlib.util
 import os
 from pathlib import Path
+import re
 import shutil
+import string
 import subprocess
 import sys
 
+import matplotlib
+import numpy as np
 import pytest
 import yaml
+
+from ism_jax.data import sources
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / 'launch'
@@ -225,16 +231,25 @@ def test_install_selects_jax_for_the_accelerator(tmp_path, driver, jax):
     assert [line for line in lines if line != changed] == [*rest, 'ipywidgets']
 
 
-def test_install_keeps_an_installed_tensorflow(tmp_path):
-    python = _stand_in(
-        tmp_path / 'bin', 'python', 'exit 0'
-    )  # As if every package were installed.
-    done = subprocess.run(
-        ['bash', LAUNCH / 'install.sh', python],
-        env=os.environ | {'PRINT': '1'},
-        capture_output=True,
-        text=True,
-        timeout=60,
+def test_glyphs_are_drawn_from_fonts(tmp_path):
+    """From the fonts of matplotlib, of which some have symbols only."""
+    fonts = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
+    for name in ('first', 'second'):
+        options = (f'--fonts={fonts}', f'--out={tmp_path / name}', '--size=16')
+        command = [sys.executable, LAUNCH / 'draw_glyphs.py', *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    usable = int(re.search(r'from (\d+) fonts', done.stdout)[1])
+    assert 10 < usable < len(list(fonts.glob('*.ttf')))
+    source, again = (
+        sources.make_source(f'folder:{tmp_path / name}', image_size=16, channels=3)
+        for name in ('first', 'second')
     )
-    assert 'tensorflow-cpu' not in done.stdout
-    assert '\ntensorflow>=' in done.stdout
+    assert source.class_names == tuple(string.digits + string.ascii_uppercase)
+    assert len(source) == 2 * 36 * usable
+    for index in (0, 500, len(source) - 1):
+        image = source[index]['image']
+        np.testing.assert_array_equal(image, again[index]['image'])
+        assert image.std((0, 1)).min() > 1  # Structure in every colour channel.
+    # The two colourings of a glyph differ.
+    assert (source[0]['image'] != source[1]['image']).any()

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import importlib.util
 import subprocess
 import sys
 
@@ -112,6 +113,12 @@ def _prepared_builder(name: str, data_dir: str):
         ) from error
     if builder.is_prepared():
         return builder
+    if importlib.util.find_spec('tensorflow') is None:
+        raise ValueError(
+            f'tfds:{name} is not prepared in {data_dir or "its default folder"}, and '
+            'only preparing needs TensorFlow: run `pip install tensorflow-cpu` '
+            '(`tensorflow` on macOS), then this command again'
+        )
     done = subprocess.run([sys.executable, '-c', _PREPARE, name, data_dir])
     if done.returncode:
         raise ValueError(

@@ -44,7 +44,7 @@ def run(
         if set(_HELP) & set(argv) or (asked and asked[0] not in topics):
             _print_help(topics)
             sys.exit(0)
-        rest = _parse([a for a in argv if not a.startswith('--help=')])
+        rest = _parse(_with_config_paths(argv))
         if asked:
             print(topics[asked[0]]())
             sys.exit(0)
@@ -91,6 +91,34 @@ def guard(
             distributed.fail(error)
 
     return guarded
+
+
+def config_path(name: str) -> str:
+    """The path of a config file; a bare name such as 'quickstart' is one of ours.
+
+    Args:
+      name: path or bare name, in each case with `:ARGUMENT` or without.
+    """
+    bare, colon, argument = name.partition(':')
+    if not re.fullmatch(r'\w+', bare):
+        return name
+    package = Path(__file__).parents[1]
+    # Installed from a wheel, or in a checkout.
+    for folder in (package / 'configs', package.parent / 'configs'):
+        if (path := folder / f'{bare}.py').is_file():
+            return f'{path}{colon}{argument}'
+    return name
+
+
+def _with_config_paths(argv: Sequence[str]) -> list[str]:
+    """The arguments with `config_path` for --config, and without --help=TOPIC."""
+    arguments = [a for a in argv if not a.startswith('--help=')]
+    for number, argument in enumerate(arguments):
+        if argument.startswith('--config='):
+            arguments[number] = f'--config={config_path(argument[9:])}'
+        elif arguments[number - 1] == '--config':
+            arguments[number] = config_path(argument)
+    return arguments
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

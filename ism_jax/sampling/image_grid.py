@@ -64,10 +64,14 @@ def upscale(images: np.ndarray, scale: int) -> np.ndarray:
 
 
 def write_png(path, array, metadata: Mapping | None = None) -> None:
-    """Writes a PNG file atomically.
+    """Writes the file of `png_bytes` atomically; its folder is created."""
+    files.write_bytes(path, png_bytes(array, metadata))
+
+
+def png_bytes(array, metadata: Mapping | None = None) -> bytes:
+    """The content of a PNG file.
 
     Args:
-      path: path of the file; its folder is created.
       array: uint8 [H, W] or [H, W, C], C = 1, 3 or 4.
       metadata: text chunks of the file, name to value; values other than strings are
         written as JSON. Names have 1 to 79 Latin-1 characters. Pillow's
@@ -82,7 +86,7 @@ def write_png(path, array, metadata: Mapping | None = None) -> None:
         array = array[..., 0]
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(out, 'PNG', pnginfo=chunks)
-    files.write_bytes(path, out.getvalue())
+    return out.getvalue()
 
 
 def steps_by_guidance_figure(

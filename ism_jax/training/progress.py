@@ -1,20 +1,16 @@
 """Reports on a run: a progress bar or lines of text, TensorBoard, and image grids."""
 
 import contextlib
-import os
 from pathlib import Path
 import time
 
-# TensorBoard's writer imports TensorFlow, whose messages do not matter here.
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+from clu import parameter_overview
+import jax
+import numpy as np
+import tqdm
 
-from clu import metric_writers, parameter_overview  # noqa: E402
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tqdm  # noqa: E402
-
-from ism_jax.sampling import image_grid  # noqa: E402
+from ism_jax.sampling import image_grid
+from ism_jax.training.event_file import EventFile
 
 
 class Progress:
@@ -50,8 +46,8 @@ class Progress:
         self.loss = float('nan')
         if not self._writes:
             return
-        self._writer = metric_writers.SummaryWriter(str(self._workdir / 'tensorboard'))
-        self._writer.write_hparams(
+        self._events = EventFile(self._workdir / 'tensorboard')
+        self._events.hyperparameters(
             {
                 name: v if isinstance(v, (bool, int, float, str)) else str(v)
                 for name, v in hyperparameters.items()
@@ -94,7 +90,7 @@ class Progress:
         if not self._writes:
             return
         scalars = means | extra | {'images_per_second': speed}
-        self._record(self._writer.write_scalars, step, scalars)
+        self._record(self._events.scalars, step, scalars)
         text = f'loss {self.loss:.4f}'
         if means['skipped']:
             text += f', {means["skipped"]:.0f} skipped'
@@ -127,23 +123,21 @@ class Progress:
         )
         path = self._workdir / 'grids' / f'{name}_{step:08d}.png'
         self._record(image_grid.write_png, path, picture, {'step': str(step)})
-        self._record(self._writer.write_images, step, {name: picture[None]})
+        self._record(self._events.picture, step, name, picture)
 
     def close(self) -> None:
         """Closes the bar and the event file."""
         if self._writes:
             self._bar.close()
-            self._record(self._writer.flush)
-            self._record(self._writer.close)
+            self._record(self._events.close)
 
     def _record(self, write, *arguments) -> None:
         """Calls `write`; a failure warns once and does not stop training."""
         try:
             write(*arguments)
-        except Exception as error:  # Of TensorFlow or the system.
+        except OSError as error:
             if not self._failed:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                self.show(f'records and pictures cannot be written: {reason}')
+                self.show(f'records and pictures cannot be written: {error}')
             self._failed = True
 
 

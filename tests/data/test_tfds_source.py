@@ -126,6 +126,10 @@ def test_first_use_prepares_in_another_process(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, int(failed))
 
     monkeypatch.setattr(tfds_source.subprocess, 'run', run)
+    monkeypatch.setattr(tfds_source.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='only preparing needs TensorFlow: run `pip'):
+        _tfds('mnist', tmp_path)
+    monkeypatch.setattr(tfds_source.importlib.util, 'find_spec', lambda name: name)
     with pytest.raises(ValueError, match='could not be prepared.*tfds build.*mnist'):
         _tfds('mnist', tmp_path)
     assert len(_tfds('mnist', tmp_path)) == 10

@@ -1,6 +1,6 @@
 """The autoencoder against diffusers, and its functions.
 
-The comparison needs torch and diffusers (`tests/requirements.txt`).
+The comparison needs torch and diffusers (`tests/parity.txt`).
 """
 
 import jax

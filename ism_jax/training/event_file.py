@@ -1,0 +1,65 @@
+"""Event files of TensorBoard, written without TensorFlow."""
+
+from collections.abc import Mapping
+import os
+from pathlib import Path
+import socket
+import time
+
+import numpy as np
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.summary.writer import record_writer
+
+from ism_jax.sampling import image_grid
+
+
+class EventFile:
+    """An event file; every write reaches the file before it returns.
+
+    Args:
+      folder: a new file is created here.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Names begin as TensorBoard expects and sort by time.
+        name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
+        self._file = (folder / f'{name}.{os.getpid()}').open('ab')
+        self._records = record_writer.RecordWriter(self._file)
+        self._write(event_pb2.Event(file_version='brain.Event:2'))
+
+    def hyperparameters(self, values: Mapping[str, bool | int | float | str]) -> None:
+        """Writes hyperparameters by name."""
+        self._write(event_pb2.Event(summary=hparams_pb(dict(values))))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars by name."""
+        summary = summary_pb2.Summary()
+        for name, value in values.items():
+            summary.MergeFrom(scalar_pb(name, value))
+        self._write(event_pb2.Event(step=step, summary=summary))
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a picture, uint8 [H, W, 1 or 3]."""
+        height, width, channels = image.shape
+        content = summary_pb2.Summary.Image(
+            height=height,
+            width=width,
+            colorspace=channels,
+            encoded_image_string=image_grid.png_bytes(image),
+        )
+        summary = summary_pb2.Summary()
+        summary.value.add(tag=name, image=content)
+        self._write(event_pb2.Event(step=step, summary=summary))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
+
+    def _write(self, event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
