@@ -1,6 +1,5 @@
 """Settings and fixtures that tests share."""
 
-import contextlib
 import importlib
 import importlib.util
 import os
@@ -22,10 +21,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix='ism-jax-tests-')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
-
-# PyTorch's CUDA build brings Triton, which crashes if TensorFlow was loaded before it.
-with contextlib.suppress(ImportError):
-    import triton  # noqa: F401
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
