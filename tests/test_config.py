@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,6 +106,8 @@ def test_the_documented_objective_is_all_that_a_new_one_needs(tmp_path, monkeypa
     assert len(code.strip().splitlines()) <= 21
     (tmp_path / 'logit_normal.py').write_text(code)
     monkeypatch.setattr(objectives, '__path__', [*objectives.__path__, str(tmp_path)])
+    devices = jax.devices()[:1]  # Programs for eight compile slowly.
+    monkeypatch.setattr(jax, 'devices', lambda: devices)
     config, _ = _get_config(
         ROOT / 'configs' / 'fashion_mnist.py', 'logit_normal,runlocal'
     )
