@@ -13,17 +13,7 @@ Frechet distance of 20.6 in 1 step and 9.64 in 4 steps (`results/ladder.md` has 
 
 from ism_jax import config as config_lib
 
-# Other methods, with the options that differ from their defaults: SM's guidance scale
-# where guidance is part of training, the largest scale of the scores, and the standard
-# deviation of these images.
-SYSTEMS = {
-    'flow_matching': {},
-    'consistency': {},
-    'imm': {'data_std': 0.63},
-    'meanflow': {'guidance': 0.5},
-    'imf': {'guidance_max': 1.5},
-    'alpha_flow': {'guidance': 0.5},
-}
+SYSTEMS = config_lib.small_systems(data_std=0.63)
 RUNGS = config_lib.RUNGS
 RECIPES = config_lib.recipes(SYSTEMS)
 
@@ -62,17 +52,6 @@ def get_config(arg: str = ''):
     c = config_lib.default()
     c.data.update(source='fashion_mnist', image_size=16)
     c.model.update(hidden_size=64, depth=3, num_heads=2, patch_size=4, unroll=3)
-    c.train.update(batch_size=64, steps=3000)
-    c.optimizer.update(
-        learning_rate=3e-3, schedule='cosine', warmup_steps=100, clip_norm=1.0
-    )
     c.wavelet.levels = 4
-    c.log.update(every=500, grid_every=0)
-    c.checkpoint.every = 1000
-    c.sample.update(
-        steps=(1, 2, 4, 8, 128),
-        guidance=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
-        batch_size=250,
-    )
-    c.scores.update(enabled=False, samples=5000)  # ism_jax.ablation scores the runs.
+    config_lib.use_small_ladder(c, learning_rate=3e-3)
     return config_lib.use_recipe(c, arg, SYSTEMS, guidance_max=1.5)

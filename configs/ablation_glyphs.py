@@ -12,15 +12,7 @@ four times the tokens, and many classes. The images are drawn from fonts, which
 
 from ism_jax import config as config_lib
 
-# As in `configs/ablation.py`.
-SYSTEMS = {
-    'flow_matching': {},
-    'consistency': {},
-    'imm': {'data_std': 0.55},
-    'meanflow': {'guidance': 0.5},
-    'imf': {'guidance_max': 1.5},
-    'alpha_flow': {'guidance': 0.5},
-}
+SYSTEMS = config_lib.small_systems(data_std=0.55)
 RUNGS = config_lib.RUNGS
 RECIPES = config_lib.recipes(SYSTEMS)
 
@@ -29,16 +21,5 @@ def get_config(arg: str = ''):
     c = config_lib.default()
     c.data.update(source='folder:data/glyphs', channels=3)
     c.model.update(hidden_size=96, depth=4, num_heads=3, patch_size=4, unroll=4)
-    c.train.update(batch_size=64, steps=3000)
-    c.optimizer.update(
-        learning_rate=2e-3, schedule='cosine', warmup_steps=100, clip_norm=1.0
-    )
-    c.log.update(every=500, grid_every=0)
-    c.checkpoint.every = 1000
-    c.sample.update(
-        steps=(1, 2, 4, 8, 128),
-        guidance=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
-        batch_size=250,
-    )
-    c.scores.update(enabled=False, samples=5000)  # ism_jax.ablation scores the runs.
+    config_lib.use_small_ladder(c, learning_rate=2e-3)
     return config_lib.use_recipe(c, arg, SYSTEMS, guidance_max=1.5)

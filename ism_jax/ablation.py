@@ -56,7 +56,7 @@ from absl import flags
 import numpy as np
 
 from ism_jax import config as config_lib
-from ism_jax import config_check, recipe_search, resolved_config, trained_network
+from ism_jax import config_check, cost, recipe_search, resolved_config, trained_network
 from ism_jax.evaluation import ladder
 from ism_jax.evaluation.records import write_records
 from ism_jax.evaluation.sample_scorer import SampleScorer
@@ -323,7 +323,7 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
         'real_accuracy': scorer.floor['accuracy'],
         'real_samples': scorer.floor['samples'],
         'trained_steps': run.step,
-        'step_gflop': recipe_search.step_flops(run.config) / 1e9,
+        'step_gflop': cost.step_flops(experiment) / 1e9,
         'train_minutes': train_minutes,
         'score_minutes': (time.time() - started) / 60,
         **provenance.environment(),

@@ -177,20 +177,8 @@ RUNGS = ('sm', *PARTS)
 REMOVALS = tuple(f'ism-{part}' for part in PARTS.values() if part != 'balance')
 
 
-def use_rung(config, rung: str) -> None:
-    """Makes an iSM config train a rung of the ladder or a removal.
-
-    Args:
-      config: changed in place.
-      rung: one of `RUNGS` or `REMOVALS`.
-
-    Raises:
-      ValueError: an unknown name.
-    """
-    if rung not in (*RUNGS, *REMOVALS):
-        raise ValueError(
-            f'recipe {rung!r} is not one of {", ".join((*RUNGS, *REMOVALS))}'
-        )
+def _use_rung(config, rung: str) -> None:
+    """Makes an iSM config train one of `RUNGS` or `REMOVALS`."""
     if rung == 'sm':
         use_objective(config, 'shortcut')
         return
@@ -254,6 +242,9 @@ def use_recipe(config, argument: str, systems, *, guidance_max: float):
     if recipe == 'runlocal':
         recipe, rest = '', recipe
     recipe = recipe or 'ism'
+    if recipe not in recipes(systems):
+        names = ', '.join(recipes(systems))
+        raise ValueError(f'recipe {recipe!r} is not one of {names}')
     if recipe in systems:
         use_objective(config, recipe, **systems[recipe])
         if recipe == 'imm':
@@ -262,12 +253,42 @@ def use_recipe(config, argument: str, systems, *, guidance_max: float):
             config.model.time_scale = 1.0
     elif recipe == 'best':
         use_best(config, guidance_max=guidance_max)
-    elif recipe in recipes(()):
-        use_rung(config, recipe)
     else:
-        names = ', '.join(recipes(systems))
-        raise ValueError(f'recipe {recipe!r} is not one of {names}')
+        _use_rung(config, recipe)
     return with_argument(config, rest)
+
+
+def small_systems(data_std: float) -> dict[str, dict[str, float]]:
+    """The other methods of a ladder on small images, for `use_recipe`.
+
+    Their options are SM's guidance scale where guidance is part of training, the largest
+    scale that is scored, and `data_std`, the standard deviation of the images.
+    """
+    return {
+        'flow_matching': {},
+        'consistency': {},
+        'imm': {'data_std': data_std},
+        'meanflow': {'guidance': 0.5},
+        'imf': {'guidance_max': 1.5},
+        'alpha_flow': {'guidance': 0.5},
+    }
+
+
+def use_small_ladder(config, *, learning_rate: float) -> None:
+    """Sets the training and the scores that all recipes of a small ladder share."""
+    config.train.update(batch_size=64, steps=3000)
+    config.optimizer.update(
+        learning_rate=learning_rate, schedule='cosine', warmup_steps=100, clip_norm=1.0
+    )
+    config.log.update(every=500, grid_every=0)
+    config.checkpoint.every = 1000
+    config.sample.update(
+        steps=(1, 2, 4, 8, 128),
+        guidance=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5),
+        batch_size=250,
+    )
+    # ism_jax.ablation scores the runs.
+    config.scores.update(enabled=False, samples=5000)
 
 
 def use_imagenet_latents(config, image_size: int) -> None:

@@ -158,16 +158,16 @@ def describe(run: trained_network.TrainedNetwork) -> dict[str, Any]:
     Options at their defaults are left out: new ones keep the hash of earlier scores.
     """
     autoencoder = run.config.data.autoencoder
-    objective = run.config.objective.to_dict()
-    usual = config_lib.objective_defaults(objective['name']).to_dict() | {'name': ''}
+    name = run.config.objective.name
     changed = lambda options, usual: {
-        name: value for name, value in options.items() if value != usual.get(name)
+        field: value for field, value in options.items() if value != usual.get(field)
     }
     return {
         'params_sha256': exported_network.params_digest(run.params),
         'average': 'infer',
         'trained_steps': run.step,
-        'objective': changed(objective, usual),
+        'objective': {'name': name}
+        | changed(run.config.objective.to_dict(), config_lib.objective_defaults(name)),
         'model': changed(run.config.model.to_dict(), config_lib.default().model),
         'autoencoder': autoencoder,
         'autoencoder_sha256': autoencoder_weights.digest(autoencoder)

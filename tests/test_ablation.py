@@ -259,17 +259,17 @@ def test_finished_runs_are_kept_and_failures_are_reported(tmp_path, workdir):
             config,
             recipes=recipes,
             seeds=[0],
-            changes=[],
+            changes=['train.max_skipped_in_row=1'],
             workdir=workdir,
             out=tmp_path / 'out.json',
             parallel=2,
             log=lines.append,
         )
 
-    fails = 'ism/train.init_from=missing'
-    failures = run_all([fails, 'sm'])
-    assert list(failures) == [f'{fails}, seed 0']
-    assert 'train.init_from' in failures[f'{fails}, seed 0']
+    diverges = 'ism/optimizer.learning_rate=1e38'
+    failures = run_all([diverges, 'sm'])
+    assert list(failures) == [f'{diverges}, seed 0']
+    assert 'not finite' in failures[f'{diverges}, seed 0']
     records = json.loads((tmp_path / 'out.json').read_text())
     assert [(r['recipe'], r['steps']) for r in records] == [('sm', 1), ('sm', 2)]
     wanted = {
@@ -285,7 +285,8 @@ def test_finished_runs_are_kept_and_failures_are_reported(tmp_path, workdir):
     }
     assert wanted <= records[0].keys()
     assert records[0]['guidance'] == 0.5  # Part of SM's training.
-    assert records[0]['trained_steps'] == 20 and records[0]['step_gflop'] > 0
+    assert records[0]['trained_steps'] == 20 and records[0]['train_minutes'] > 0
+    assert records[0]['step_gflop'] > 0
 
     # Finished runs do not run again, and their records stay.
     before = (workdir / 'sm_seed0' / 'log.txt').stat().st_mtime

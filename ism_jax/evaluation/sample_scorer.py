@@ -57,16 +57,25 @@ class SampleScorer:
                 f'{source!r} has {len(source)} images, but scores need at least '
                 f'{MIN_REAL_IMAGES}: add images, or turn scores off'
             )
+        # A tenth of the real images is held out; the floor may need more.
+        extra = max(0, samples - MAX_REAL_IMAGES // 10)
         order = np.random.default_rng(seed).permutation(len(source))
-        images, labels = _read(source, order[:MAX_REAL_IMAGES])
+        examples = [source[int(index)] for index in order[: MAX_REAL_IMAGES + extra]]
+        images = np.stack([example['image'] for example in examples])
+        labels = np.asarray([example['label'] for example in examples])
+        real = slice(MAX_REAL_IMAGES)
         self.num_classes = len(source.class_names)
         self._classifier = classifier.load_or_train(
-            images, labels, num_classes=self.num_classes, cache_dir=cache_dir, log=log
+            images[real],
+            labels[real],
+            num_classes=self.num_classes,
+            cache_dir=cache_dir,
+            log=log,
         )
-        kept, held_out = classifier.split(len(images))
+        kept, held_out = classifier.split(len(images[real]))
         self._statistics = feature_statistics(self._classifier, images[kept])
-        floor = np.concatenate([order[held_out], order[MAX_REAL_IMAGES:]])[:samples]
-        self.floor = self.score([_read(source, floor)])
+        floor = [*held_out, *range(MAX_REAL_IMAGES, len(images))][:samples]
+        self.floor = self.score([(images[floor], labels[floor])])
         self.reference = f'{len(kept):,} real images of {source!r}'
         self._sampler = sampler
         self._seed = seed
@@ -212,13 +221,6 @@ def score_settings(
     )
     log(f'\n{table}\n')
     return new
-
-
-def _read(source, indices) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels."""
-    examples = [source[int(index)] for index in indices]
-    images = np.stack([example['image'] for example in examples])
-    return images, np.asarray([example['label'] for example in examples])
 
 
 def _round(images):

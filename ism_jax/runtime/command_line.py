@@ -6,6 +6,7 @@ was Ctrl-C.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import itertools
 from pathlib import Path
 import re
 import sys
@@ -44,7 +45,8 @@ def run(
         if set(_HELP) & set(argv) or (asked and asked[0] not in topics):
             _print_help(topics)
             sys.exit(0)
-        rest = _parse(_with_config_paths(argv))
+        arguments = [a for a in argv if not a.startswith('--help=')]
+        rest = _parse(_with_config_paths(arguments))
         if asked:
             print(topics[asked[0]]())
             sys.exit(0)
@@ -93,7 +95,7 @@ def guard(
     return guarded
 
 
-def config_path(name: str) -> str:
+def _config_path(name: str) -> str:
     """The path of a config file; a bare name such as 'quickstart' is one of ours.
 
     Args:
@@ -111,14 +113,16 @@ def config_path(name: str) -> str:
 
 
 def _with_config_paths(argv: Sequence[str]) -> list[str]:
-    """The arguments with `config_path` for --config, and without --help=TOPIC."""
-    arguments = [a for a in argv if not a.startswith('--help=')]
-    for number, argument in enumerate(arguments):
-        if argument.startswith('--config='):
-            arguments[number] = f'--config={config_path(argument[9:])}'
-        elif arguments[number - 1] == '--config':
-            arguments[number] = config_path(argument)
-    return arguments
+    """The arguments with `_config_path` applied to --config."""
+    replaced = list(argv[:1])
+    for before, argument in itertools.pairwise(argv):
+        flag, equals, value = argument.partition('=')
+        if before == '--config':
+            argument = _config_path(argument)
+        elif flag == '--config' and equals:
+            argument = f'--config={_config_path(value)}'
+        replaced.append(argument)
+    return replaced
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

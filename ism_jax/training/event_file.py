@@ -27,8 +27,8 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         # Names begin as TensorBoard expects and sort by time.
         name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
-        self._file = (folder / f'{name}.{os.getpid()}').open('ab')
-        self._records = record_writer.RecordWriter(self._file)
+        file = (folder / f'{name}.{os.getpid()}').open('ab')
+        self._records = record_writer.RecordWriter(file)
         self._write(event_pb2.Event(file_version='brain.Event:2'))
 
     def hyperparameters(self, values: Mapping[str, bool | int | float | str]) -> None:
