@@ -45,12 +45,12 @@ def prepare(
     """Encodes a source with an autoencoder.
 
     Args:
-      source_name: 'tfds:NAME' or 'folder:PATH'.
+      source_name: see `sources.make_source`.
       autoencoder_name: folder, safetensors file or hub id.
       out: folder of the latents.
       image_size: side of the cropped images, in pixels.
-      data_dir: TFDS's folder; '' for its default.
-      split: split of a TFDS data set.
+      data_dir: folder of TFDS, or of the cache of `datasets`; '' for its default.
+      split: split of a data set of TFDS or the hub.
       compute_dtype: dtype of the encoder's computation.
       batch_size: images encoded at once, on all devices.
       **options: options of `latent_preparation.prepare`.
@@ -137,9 +137,17 @@ def run_flags():
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
-    flags.DEFINE_string('source', '', "'tfds:NAME' or 'folder:PATH'.")
-    flags.DEFINE_string('data_dir', '', "TFDS's folder; '' for its default.")
-    flags.DEFINE_string('split', 'train', 'Split of a TFDS data set.')
+    flags.DEFINE_string(
+        'source',
+        '',
+        "'tfds:NAME', 'folder:PATH', 'parquet:PATTERN', 'hf:NAME' or 'tar:PATTERN'.",
+    )
+    flags.DEFINE_string(
+        'data_dir',
+        '',
+        "Folder of TFDS or of the cache of datasets; '' for its default.",
+    )
+    flags.DEFINE_string('split', 'train', 'Split of a data set of TFDS or the hub.')
     flags.DEFINE_integer('image_size', 256, 'Side of the cropped images.', 1)
     flags.DEFINE_string('autoencoder', '', 'Folder, safetensors file or hub id.')
     flags.DEFINE_string('out', None, 'Folder of the latents.', required=True)

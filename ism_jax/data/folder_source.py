@@ -5,28 +5,21 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from ism_jax.data import image_crop, source
+from ism_jax.data import encoded_source
 from ism_jax.runtime.files import local_path
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
-# After this many unreadable images in a row, the folder is at fault, not the image.
-MAX_SKIPPED_IN_ROW = 100
 
 
-class FolderSource(source.Source):
+class FolderSource(encoded_source.EncodedSource):
     """A source of image files, one subfolder per class, in sorted order.
 
-    A class folder may have subfolders. Names that begin with a dot are ignored. Images
-    are cropped by `image_crop.center_crop`.
+    A class folder may have subfolders. Names that begin with a dot are ignored.
 
     Args:
       path: the folder.
-      image_size: side of the cropped images, in pixels.
-      channels: 1 (grey) or 3 (RGB).
-      on_corrupt: 'error' stops at an unreadable image, 'skip' replaces it with the next
-        readable one and counts it in `skipped`.
+      image_size, channels, on_corrupt: see `EncodedSource`.
 
     Raises:
       ValueError: no folder, no images, a class without images, an image in no class.
@@ -36,41 +29,25 @@ class FolderSource(source.Source):
         self, path: str, *, image_size: int, channels: int, on_corrupt: str = 'error'
     ):
         self.path = local_path(path, 'folder')
-        self.image_shape = (image_size, image_size, channels)
-        self.skipped = source.SkippedImages()
-        self._attempts = MAX_SKIPPED_IN_ROW if on_corrupt == 'skip' else 1
         classes = _list_classes(self.path)
-        self.class_names = tuple(classes)
         # Names relative to the folder, to save memory: there may be millions.
         self._files = [file for files in classes.values() for file, _ in files]
         counts = [len(files) for files in classes.values()]
-        self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         digest = hashlib.sha256()
         for files in classes.values():
             digest.update('\n'.join(f'{file} {n}' for file, n in files).encode())
         self._digest = digest.hexdigest()[:12]
+        super().__init__(
+            self.path,
+            np.repeat(np.arange(len(counts)), counts),
+            classes,
+            image_size=image_size,
+            channels=channels,
+            on_corrupt=on_corrupt,
+        )
 
-    def __len__(self):
-        return len(self._files)
-
-    def __getitem__(self, index):
-        attempts = min(self._attempts, len(self))
-        for candidate in range(index, index + attempts):
-            # The first is not wrapped, so that an index past the end is an error.
-            chosen = candidate % len(self) if candidate > index else index
-            path = self.path / self._files[chosen]
-            try:
-                return {'image': self._read(path), 'label': self.labels[chosen]}
-            except source.CorruptImageError as error:
-                last = error
-                if self._attempts > 1:
-                    self.skipped.add(chosen, str(path), str(error))
-        if self._attempts > 1:
-            last = source.CorruptImageError(
-                f'{attempts} images in a row in {self.path} cannot be read; the last '
-                f'error: {last}'
-            )
-        raise last
+    def encoded(self, index):
+        return self.path / self._files[index]
 
     def name_of(self, index):
         return str(self.path / self._files[index])
@@ -80,11 +57,6 @@ class FolderSource(source.Source):
             f'FolderSource({str(self.path)!r}, {len(self)} images, '
             f'{self.num_classes} classes, {self.image_shape}, listing {self._digest})'
         )
-
-    def _read(self, path: Path) -> np.ndarray:
-        size, _, channels = self.image_shape
-        with source.decoding(str(path)), Image.open(path) as image:
-            return image_crop.center_crop(image, size, channels)
 
 
 def _list_classes(path: Path) -> dict[str, list[tuple[str, int]]]:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from ism_jax.data import folder_source, image_crop, sources
+from ism_jax.data import encoded_source, image_crop, sources
 from ism_jax.data.source import CorruptImageError, SkippedImages
 
 
@@ -203,7 +203,7 @@ def test_folder_of_unreadable_images_is_an_error(animals, monkeypatch):
     source = _folder(animals, on_corrupt='skip')
     with pytest.raises(CorruptImageError, match='6 images in a row.*animals'):
         source[0]
-    monkeypatch.setattr(folder_source, 'MAX_SKIPPED_IN_ROW', 2)
+    monkeypatch.setattr(encoded_source, 'MAX_SKIPPED_IN_ROW', 2)
     source = _folder(animals, on_corrupt='skip')
     with pytest.raises(CorruptImageError, match='2 images in a row'):
         source[0]
