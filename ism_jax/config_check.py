@@ -12,7 +12,7 @@ from ism_jax import config as config_lib
 from ism_jax import objectives
 from ism_jax.method import time_grid, wavelet
 from ism_jax.models import sit
-from ism_jax.training import optimizer
+from ism_jax.training import optimizer, writers
 
 
 def _at_least(low):
@@ -85,6 +85,10 @@ RULES = {
     ),
     'mesh.fsdp': _at_least(1),
     'log.every': _at_least(1),
+    'log.writer': (
+        f"names of {', '.join(writers.KINDS)}, joined by commas, or ''",
+        lambda v: set(writers.names_in(v)) <= writers.KINDS.keys(),
+    ),
     'log.grid_every': _at_least(0),
     'log.grid_columns': _at_least(1),
     'checkpoint.every': _at_least(1),
@@ -199,6 +203,12 @@ def _problems(c) -> Iterator[str]:
     for name in ('sample.guidance', 'log.grid_guidance'):
         values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
         yield from _guidance_problems(name, values, objective.guidance_range)
+    for name in writers.names_in(c.log.writer):
+        if package := writers.missing_distribution(name):
+            yield (
+                f'log.writer = {c.log.writer!r} needs the package {package}: run `pip '
+                f'install {package}`, or leave {name!r} out'
+            )
     if c.scores.enabled and c.scores.samples < 100:
         yield (
             f'scores.samples = {c.scores.samples} must be at least 100 for a Frechet '

@@ -1,17 +1,17 @@
 """Trains a network: `python -m ism_jax.train --config configs/quickstart.py`.
 
-The same command resumes a run that was stopped.
-
-`--config.train.batch_size=128` overrides a field of the config; `--help=config` lists
-all fields, with the values of `--config` if it is given.
-`configs/fashion_mnist.py:runlocal` keeps the method of a config and shrinks the rest to
-a minute on a CPU.
+The same command resumes a run that was stopped. `--config.train.batch_size=128`
+overrides a field of the config; `--help=config` lists all fields, with the values of
+`--config` if it is given. `configs/fashion_mnist.py:runlocal` keeps the method of a
+config and shrinks the rest to a minute on a CPU.
 
 `--config.train.init_from=FOLDER` starts a new run from a network that
 `ism_jax.convert` wrote, such as a pretrained SiT; a resumed run ignores it.
 
 `--plan` only prints what the run needs on `--plan_devices` devices: memory, FLOPs and
 hours. It opens no data and needs no such devices.
+
+`--profile FROM:TO` writes a trace of the steps after FROM, up to TO, for xprof.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ from ism_jax.runtime import (
     preemption,
     watchdog,
 )
-from ism_jax.training import checkpoint, loop, train_state
+from ism_jax.training import checkpoint, loop, profiler, train_state, writers
 from ism_jax.training.progress import Progress, parameter_table
 
 
@@ -49,6 +49,7 @@ def train(
     workdir: str | os.PathLike,
     *,
     on_samples: Callable[[int, int, np.ndarray], Any] | None = None,
+    profile: str = '',
 ) -> train_state.TrainState:
     """Trains a config, from the latest checkpoint in `workdir` if there is one.
 
@@ -60,6 +61,7 @@ def train(
       workdir: folder of the run.
       on_samples: called with the training step, the number of sampling steps and the
         samples of each grid, [N, H, W, C] in [-1, 1], for example in a notebook.
+      profile: the steps to trace, 'FROM:TO', into `workdir/profile`; '' for none.
 
     Raises:
       ValueError: an invalid config, data set or change of a resumed run, or a workdir
@@ -70,12 +72,13 @@ def train(
     """
     workdir = files.local_path(workdir, '--workdir')
     config_check.validate(config)
-    with contextlib.ExitStack() as held:
+    tracer = profiler.Profiler(workdir / 'profile', profile, config.train.steps)
+    with contextlib.closing(tracer), contextlib.ExitStack() as held:
         distributed.first(lambda: held.enter_context(lock.Lock(workdir)) and None)
         distributed.check_shared(workdir)
         requests = held.enter_context(preemption.Requests())
         try:
-            return _train(Experiment(config), workdir, held, requests, on_samples)
+            return _train(config, workdir, held, requests, on_samples, tracer)
         except CorruptImageError as error:
             if config.data.on_corrupt == 'skip':
                 raise
@@ -83,9 +86,9 @@ def train(
             raise CorruptImageError(f'{error}{advice}') from error
 
 
-def _train(experiment: Experiment, workdir: Path, held, requests, on_samples):
+def _train(config, workdir: Path, held, requests, on_samples, tracer):
     """`train`, in a folder locked for this run; `held` closes what it opens."""
-    config = experiment.config
+    experiment = Experiment(config)
     log = tqdm.tqdm.write if jax.process_index() == 0 else lambda text: None
     changes = distributed.first(lambda: trained_network.check_resume(config, workdir))
     distributed.first(lambda: checkpoint.set_aside_damaged(workdir, log))
@@ -105,7 +108,7 @@ def _train(experiment: Experiment, workdir: Path, held, requests, on_samples):
         checkpoint.write_run(workdir, config_lib.to_dict(config), experiment.source)
     progress = Progress(
         workdir,
-        config_lib.flatten(config),
+        writers.open_writers(config.log.writer, workdir, config_lib.flatten(config)),
         batch_size=config.train.batch_size,
         num_steps=config.train.steps,
         first_step=int(state.step),
@@ -145,6 +148,7 @@ def _train(experiment: Experiment, workdir: Path, held, requests, on_samples):
         ),
         requests=requests,
         watchdog=stuck,
+        profiler=tracer,
         max_skipped_in_row=config.train.max_skipped_in_row,
         workdir=workdir,
     )
@@ -170,13 +174,14 @@ def run_flags():
         workdir = Path('runs') / Path(name).stem
     distributed.start_by_flags(FLAGS)
     compilation_cache.keep_programs()
-    train(config, workdir)
+    train(config, workdir, profile=FLAGS.profile)
 
 
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     command_line.define_config_flag()
     flags.DEFINE_string('workdir', None, 'Folder of the run; runs/CONFIG by default.')
+    flags.DEFINE_string('profile', '', 'FROM:TO, the steps to trace for xprof.')
     flags.DEFINE_bool('plan', False, 'Only print what the run needs.')
     flags.DEFINE_integer('plan_devices', 8, 'Devices to plan for.', lower_bound=1)
     flags.DEFINE_integer('plan_classes', 1000, 'Classes of the data.', lower_bound=1)

@@ -73,13 +73,13 @@ def small_run(tmp_path_factory):
     config.train.steps = 6
     config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
     config.ema.infer_decay = 0.5
-    config.log.update(grid_every=0, every=6)
+    config.log.update(grid_every=0, every=6, writer='tensorboard,jsonl')
     config.checkpoint.every = 3
     folder = tmp_path_factory.mktemp('small_run')
     devices = jax.devices()[:1]  # Programs for eight compile slowly.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, 'devices', lambda: devices)
-        train.train(config.lock(), folder)
+        train.train(config.lock(), folder, profile='2:4')
     return folder
 
 

@@ -45,6 +45,7 @@ ROOT = Path(__file__).parent.parent
         ),
         ({'sample.guidance': (4.0,)}, r'sample.guidance = 4.0 must lie in \[0, 3.5\]'),
         ({'mesh.data': 0}, 'mesh.data = 0'),
+        ({'log.writer': 'jsonl,wanbd'}, "'jsonl,wanbd' must be names of tensorboard, "),
         ({'checkpoint.keep_last': 0}, 'checkpoint.keep_last = 0'),
         ({'scores.samples': 10}, 'scores.samples = 10'),
         ({'objective.name': 'flow_matching'}, 'objective_defaults'),
@@ -64,6 +65,14 @@ def test_bad_values_are_refused_by_name(change, message):
     config_check.validate(config)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
+        config_check.validate(config)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    config = config_lib.default()
+    config.log.writer = 'tensorboard,wandb'
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='needs the package wandb: run .pip inst'):
         config_check.validate(config)
 
 

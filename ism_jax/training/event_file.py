@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 import socket
 import time
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -19,11 +20,11 @@ class EventFile:
     """An event file; every write reaches the file before it returns.
 
     Args:
-      folder: a new file is created here.
+      workdir: folder of the run; a new file is created in its `tensorboard`.
     """
 
-    def __init__(self, folder):
-        folder = Path(folder)
+    def __init__(self, workdir: Path):
+        folder = workdir / 'tensorboard'
         folder.mkdir(parents=True, exist_ok=True)
         # Names begin as TensorBoard expects and sort by time.
         name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
@@ -31,9 +32,13 @@ class EventFile:
         self._records = record_writer.RecordWriter(file)
         self._write(event_pb2.Event(file_version='brain.Event:2'))
 
-    def hyperparameters(self, values: Mapping[str, bool | int | float | str]) -> None:
-        """Writes hyperparameters by name."""
-        self._write(event_pb2.Event(summary=hparams_pb(dict(values))))
+    def settings(self, config: Mapping[str, Any], commit: str) -> None:
+        """Writes the resolved config and the commit as hyperparameters."""
+        values = {
+            name: v if isinstance(v, (bool, int, float, str)) else str(v)
+            for name, v in {**config, 'commit': commit}.items()
+        }
+        self._write(event_pb2.Event(summary=hparams_pb(values)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars by name."""

@@ -16,6 +16,7 @@ from ism_jax.runtime.preemption import Requests
 from ism_jax.runtime.watchdog import Watchdog
 from ism_jax.training.checkpoint import Checkpointer
 from ism_jax.training.paired_pool import Pool
+from ism_jax.training.profiler import Profiler
 from ism_jax.training.progress import Progress
 from ism_jax.training.train_state import TrainState
 
@@ -62,6 +63,7 @@ def run(
     draw_grids: Callable[[TrainState], Any],
     requests: Requests,
     watchdog: Watchdog,
+    profiler: Profiler,
     max_skipped_in_row: int,
     workdir: Path,
 ) -> TrainState:
@@ -79,6 +81,7 @@ def run(
       draw_grids: draws samples of a state.
       requests: requests to stop, from signals.
       watchdog: reports a step that hangs.
+      profiler: traces some of the steps.
       max_skipped_in_row: non-finite steps in a row that end the run.
       workdir: where the batches of skipped steps are kept.
 
@@ -92,9 +95,11 @@ def run(
     pool, previous, coupling, reported = None, None, {}, set()
     for step in range(int(state.step), intervals.end):
         watchdog.step()
-        if pool is None or step % loader.batches == 0:
-            pool, coupling = next_pool()
-        state, metrics = train_step(state, pool, seed_key)
+        with profiler.step(step):
+            if pool is None or step % loader.batches == 0:
+                pool, coupling = next_pool()
+            state, metrics = train_step(state, pool, seed_key)
+        profiler.stop_after(step, metrics)
         progress.step(metrics)
         # Step n-1 is checked while step n runs, so that the device never waits.
         if previous is not None:

@@ -1,8 +1,10 @@
-"""Reports on a run: a progress bar or lines of text, TensorBoard, and image grids."""
+"""Reports on a run: a progress bar or lines of text, its writers, and image grids."""
 
+from collections.abc import Sequence
 import contextlib
 from pathlib import Path
 import time
+from typing import Any
 
 from clu import parameter_overview
 import jax
@@ -10,15 +12,14 @@ import numpy as np
 import tqdm
 
 from ism_jax.sampling import image_grid
-from ism_jax.training.event_file import EventFile
 
 
 class Progress:
     """Reports and records a run; silent on all processes but the first.
 
     Args:
-      workdir: event files go to `workdir/tensorboard`, pictures to `workdir/grids`.
-      hyperparameters: values by dotted name, recorded once.
+      workdir: pictures go to `workdir/grids`.
+      writers: record scalars and pictures; see `training.writers`.
       batch_size: images per step.
       num_steps: number of training steps.
       first_step: step from which this process trains.
@@ -30,13 +31,14 @@ class Progress:
     def __init__(
         self,
         workdir,
-        hyperparameters: dict,
+        writers: Sequence[Any],
         *,
         batch_size: int,
         num_steps: int,
         first_step: int,
     ):
         self._workdir = Path(workdir)
+        self._writers = writers
         self._batch_size = batch_size
         self._num_steps = num_steps
         self._writes = jax.process_index() == 0
@@ -46,13 +48,6 @@ class Progress:
         self.loss = float('nan')
         if not self._writes:
             return
-        self._events = EventFile(self._workdir / 'tensorboard')
-        self._events.hyperparameters(
-            {
-                name: v if isinstance(v, (bool, int, float, str)) else str(v)
-                for name, v in hyperparameters.items()
-            }
-        )
         # A bar on a terminal; in a file one line per log.
         self._bar = tqdm.tqdm(
             total=num_steps,
@@ -90,7 +85,9 @@ class Progress:
         if not self._writes:
             return
         scalars = means | extra | {'images_per_second': speed}
-        self._record(self._events.scalars, step, scalars)
+        scalars = {name: float(value) for name, value in scalars.items()}
+        for writer in self._writers:
+            self._record(writer.scalars, step, scalars)
         text = f'loss {self.loss:.4f}'
         if means['skipped']:
             text += f', {means["skipped"]:.0f} skipped'
@@ -123,19 +120,21 @@ class Progress:
         )
         path = self._workdir / 'grids' / f'{name}_{step:08d}.png'
         self._record(image_grid.write_png, path, picture, {'step': str(step)})
-        self._record(self._events.picture, step, name, picture)
+        for writer in self._writers:
+            self._record(writer.picture, step, name, picture)
 
     def close(self) -> None:
-        """Closes the bar and the event file."""
+        """Closes the bar and the writers."""
         if self._writes:
             self._bar.close()
-            self._record(self._events.close)
+        for writer in self._writers:
+            self._record(writer.close)
 
     def _record(self, write, *arguments) -> None:
         """Calls `write`; a failure warns once and does not stop training."""
         try:
             write(*arguments)
-        except OSError as error:
+        except Exception as error:  # Trackers raise any type.
             if not self._failed:
                 self.show(f'records and pictures cannot be written: {error}')
             self._failed = True
