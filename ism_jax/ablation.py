@@ -61,7 +61,7 @@ from ism_jax.evaluation import ladder
 from ism_jax.evaluation.records import write_records
 from ism_jax.evaluation.sample_scorer import SampleScorer
 from ism_jax.experiment import make_source
-from ism_jax.runtime import command_line, files, provenance
+from ism_jax.runtime import command_line, files, paths, provenance
 
 # The largest number of steps with its own guidance scale.
 MAX_STEPS_WITH_CHOICE = 8
@@ -515,13 +515,13 @@ def run_flags() -> None:
         folder = Path(FLAGS.run_folder)
         write_records(folder / 'records.json', score_run(folder, FLAGS.train_minutes))
         return
-    path = files.local_path(FLAGS.config, '--config')
+    path = paths.local_path(FLAGS.config, '--config')
     module = load_config_file(path)
     default_out = 'results/search.json' if FLAGS.search else 'results/ladder.json'
-    out = files.local_path(FLAGS.out or default_out, '--out')
+    out = paths.local_path(FLAGS.out or default_out, '--out')
     options = dict(
         changes=FLAGS.set,
-        workdir=files.local_path(FLAGS.workdir, '--workdir'),
+        workdir=paths.local_path(FLAGS.workdir, '--workdir'),
         out=out,
         parallel=FLAGS.parallel,
         log=lambda line: print(line, flush=True),

@@ -31,7 +31,7 @@ from ism_jax import config_check, cost
 from ism_jax.experiment import Experiment
 from ism_jax.interchange import named_tensors
 from ism_jax.models import dinov2, efficientnet_lite, inception, vae
-from ism_jax.runtime import command_line, files, provenance
+from ism_jax.runtime import command_line, files, paths, provenance
 from ism_jax.sampling import image_grid
 from ism_jax.training import ema, paired_pool
 
@@ -405,7 +405,7 @@ def format_measured(measured: dict[str, Any]) -> str:
 
 def run_flags() -> None:
     """Runs the command."""
-    out = files.local_path(FLAGS.out, '--out') if FLAGS.out else None
+    out = paths.from_user(FLAGS.out, '--out') if FLAGS.out else None
     device = jax.devices()[0].device_kind
     if FLAGS.networks:
         print(f'one {device}, medians of {FLAGS.rounds} rounds\n')

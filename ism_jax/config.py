@@ -28,8 +28,9 @@ _XL2 = sit.preset('XL/2')
 FIELDS: dict[str, tuple[Any, str]] = {
     'seed': (0, 'random seed of the run'),
 
-    'data.source': ('mnist', "'mnist', 'fashion_mnist', 'tfds:NAME', 'folder:PATH', 'parquet:PATTERN', 'hf:NAME', 'tar:PATTERN' or 'latents:PATH'"),
+    'data.source': ('mnist', "'mnist', 'fashion_mnist', 'tfds:NAME', 'folder:PATH', 'parquet:PATTERN', 'hf:NAME', 'tar:PATTERN' or 'latents:PATH'; a PATH may be in a bucket"),
     'data.dir': ('', "folder of the source's files; '' for the source's default"),
+    'data.cache_dir': ('', "local folder for a copy of 'latents:' in a bucket"),
     'data.image_size': (32, 'side of the images or latents, in pixels'),
     'data.channels': (1, '1 (grey), 3 (RGB), or the channels of the latents'),
     'data.flip': (False, 'random horizontal flips'),

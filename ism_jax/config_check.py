@@ -355,6 +355,12 @@ def _data_problems(c) -> Iterator[str]:
             f'data.source = {c.data.source!r} gives images; set it to '
             "'latents:PATH' (see ism_jax.prepare_data) or data.autoencoder to ''"
         )
+    if latents and '://' in c.data.source and not c.data.cache_dir:
+        yield (
+            f'data.source = {c.data.source!r} is in a bucket, which is slow to read '
+            'record by record; set data.cache_dir to a folder on a local disk, to '
+            'which the latents are copied once'
+        )
     if latents and c.scores.enabled:
         yield (
             f'scores.enabled = True, but data.source = {c.data.source!r} has no images '
@@ -568,6 +574,7 @@ RESUMABLE = (
     'data.num_threads',
     'data.prefetch',
     'data.dir',
+    'data.cache_dir',
     'data.on_corrupt',
     'data.autoencoder',
     'data.retry_seconds',

@@ -52,7 +52,7 @@ from ism_jax.interchange import (
     tensor_file,
 )
 from ism_jax.method import time_grid
-from ism_jax.runtime import command_line, files
+from ism_jax.runtime import command_line, paths
 
 
 def convert_sit(path, *, num_heads: int = 0) -> exported_network.ExportedNetwork:
@@ -133,6 +133,7 @@ def export(workdir, step: int | None = None) -> exported_network.ExportedNetwork
     Raises:
       ValueError: there is no run or no such checkpoint.
     """
+    workdir = paths.from_user(workdir, '--workdir')
     if exported_network.exists(workdir):
         raise ValueError(f'{workdir} is already an exported network; copy the folder')
     run = trained_network.load(workdir, step)
@@ -231,7 +232,7 @@ def run_command(command: str) -> None:
         raise ValueError(f'{command} needs --{missing[0]}; --help shows examples')
     source, *options = names
     values = {name: FLAGS[name].value for name in options}
-    out = files.local_path(FLAGS.out, '--out')
+    out = paths.from_user(FLAGS.out, '--out')
     run(command, FLAGS[source].value, out, **values)
 
 

@@ -33,7 +33,7 @@ from ism_jax.diagnosis import (
 from ism_jax.diagnosis.subject import NUM_SAMPLES, Subject
 from ism_jax.experiment import Experiment
 from ism_jax.method import random_streams
-from ism_jax.runtime import command_line, files, sharding
+from ism_jax.runtime import command_line, files, paths, sharding
 
 
 def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]:
@@ -140,7 +140,7 @@ def diagnose(
         'poor are our own and serve to compare runs. Command: '
         f'python -m ism_jax.diagnose --workdir {workdir} --samples {samples}',
     )
-    out = files.local_path(out or f'{workdir}/report.html', '--out')
+    out = paths.from_user(out or f'{workdir}/report.html', '--out')
     files.write_bytes(out, page.encode())
     for section in sections:
         log(f'{section.fault}: {section.number} ({section.verdict})')

@@ -50,7 +50,7 @@ from ism_jax.evaluation import (
     score_table,
 )
 from ism_jax.interchange import autoencoder_weights, exported_network
-from ism_jax.runtime import command_line, distributed, files
+from ism_jax.runtime import command_line, distributed, paths
 from ism_jax.sampling.sampler import Sampler
 
 
@@ -93,7 +93,7 @@ def load_networks(
 
 def open_reference(
     text: str, *, image_size: int | None, data_dir: str = '', split: str = 'train'
-) -> Path | Source:
+) -> paths.Path | Source:
     """The real images that `--reference` names.
 
     Args:
@@ -105,7 +105,12 @@ def open_reference(
     Raises:
       ValueError: neither a path nor a source.
     """
-    path = files.local_path(text, '--reference')
+    path = paths.from_user(text, '--reference')
+    if paths.is_bucket(path) and path.is_dir():
+        raise ValueError(
+            f'--reference {text} is a folder in a bucket; give an NPZ file, or '
+            f'--reference folder:{text}, whose subfolders are classes'
+        )
     if text and path.exists():
         return path
     if not text or image_size is None:
@@ -122,7 +127,7 @@ def open_reference(
 def load_metrics(
     names: Sequence[str],
     networks: Mapping[str, feature_network.FeatureNetwork],
-    reference: Path | Source,
+    reference: paths.Path | Source,
     *,
     cache_dir: Path,
     image_size: int | None,
@@ -176,7 +181,7 @@ def describe(run: trained_network.TrainedNetwork) -> dict[str, Any]:
     }
 
 
-def evaluate_images(images, metric_set: metrics.MetricSet, *, out: Path) -> dict:
+def evaluate_images(images, metric_set: metrics.MetricSet, *, out: paths.Path) -> dict:
     """Scores images and writes `images.json`; returns the record."""
     record = protocol.evaluate_images(images, metric_set)
     path = out / 'images.json'
@@ -251,6 +256,8 @@ def check_flags(values) -> None:
     """Raises ValueError for flags that do not fit together."""
     if bool(values.images) == bool(values.workdir):
         raise ValueError('give --workdir, a run, or --images, a folder or NPZ file')
+    for name in ('inception', 'dinov2', 'efficientnet'):
+        paths.local_path(getattr(values, name), f'--{name}')
     unknown = set(command_line.parse_list(values.keep)) - set(protocol.KEEP)
     if unknown:
         raise ValueError(
@@ -272,7 +279,7 @@ def run_flags():
             'start one process, with --distributed=off'
         )
     names = command_line.parse_list(FLAGS.metrics)
-    cache_dir = Path(FLAGS.cache_dir).expanduser()
+    cache_dir = paths.local_path(FLAGS.cache_dir, '--cache_dir')
 
     def load(reference, image_size):
         networks = load_networks(
@@ -290,10 +297,10 @@ def run_flags():
 
     if FLAGS.images:
         metrics.networks(names)
-        images = real_images.open_images(FLAGS.images)
+        images = real_images.open_images(paths.from_user(FLAGS.images, '--images'))
         metric_set = load(open_reference(FLAGS.reference, image_size=None), None)
         evaluate_images(
-            images, metric_set, out=files.local_path(FLAGS.out or 'evaluation', '--out')
+            images, metric_set, out=paths.from_user(FLAGS.out or 'evaluation', '--out')
         )
         return
 
@@ -314,7 +321,7 @@ def run_flags():
             guidance=guidance,
             interval=interval,
             samples=FLAGS.samples or run.config.scores.samples,
-            workdir=Path(FLAGS.workdir),
+            workdir=paths.from_user(FLAGS.workdir, '--workdir'),
         )
         return
     metrics.networks(names)
@@ -332,7 +339,7 @@ def run_flags():
         run,
         sampler,
         load(reference, size),
-        out=files.local_path(FLAGS.out or f'{FLAGS.workdir}/evaluation', '--out'),
+        out=paths.from_user(FLAGS.out or f'{FLAGS.workdir}/evaluation', '--out'),
         steps=steps,
         guidance=guidance,
         interval=interval,

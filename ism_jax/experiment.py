@@ -381,6 +381,7 @@ def make_source(config) -> Source:
         on_corrupt=config.data.on_corrupt,
         latent_mean=config.data.latent_mean,
         latent_std=config.data.latent_std,
+        cache_dir=config.data.cache_dir,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ism_jax import config_check, trained_network
 from ism_jax.data import pixels
 from ism_jax.interchange import exported_network, hub
-from ism_jax.runtime import files
+from ism_jax.runtime import paths
 
 # Largest batch; more samples are drawn in several batches.
 MAX_BATCH = 64
@@ -29,7 +29,8 @@ def load(path: str | os.PathLike, step: int | None = None) -> 'Generator':
 
     Args:
       path: folder of a run (`ism_jax.train --workdir`) or of a network that
-        `ism_jax.convert` wrote, or the id of such a network on the Hugging Face hub.
+        `ism_jax.convert` wrote, local or in a bucket, or the id of such a network on
+        the Hugging Face hub.
       step: checkpoint of a run; None for the latest.
 
     Raises:
@@ -37,7 +38,7 @@ def load(path: str | os.PathLike, step: int | None = None) -> 'Generator':
     """
     names = (exported_network.TENSORS, exported_network.CONFIG)
     example = 'runs/quickstart, organisation/network'
-    folder = hub.folder(files.local_path(path, 'path'), names, example)
+    folder = hub.folder(paths.from_user(path, 'path'), names, example)
     return Generator(trained_network.load(folder, step))
 
 

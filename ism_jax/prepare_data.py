@@ -27,7 +27,7 @@ from absl import flags
 from ism_jax.data import latent_preparation, latents, sources
 from ism_jax.data.source import CorruptImageError
 from ism_jax.interchange import autoencoder_weights
-from ism_jax.runtime import command_line, distributed, files
+from ism_jax.runtime import command_line, distributed, paths
 
 
 def prepare(
@@ -109,11 +109,12 @@ def verify(out, *, log: Callable[[str], Any] = print) -> bool:
 
 def run_flags():
     """Runs the command."""
-    out = files.local_path(FLAGS.out, '--out')
     if FLAGS.verify:
+        out = paths.local_path(FLAGS.out, '--out')
         if not verify(out):
             sys.exit(1)
         return
+    out = paths.from_user(FLAGS.out, '--out')
     distributed.start_by_flags(FLAGS)
     manifest = prepare(
         FLAGS.source,

@@ -11,7 +11,6 @@ explicitly. Samples are drawn with the inference EMA.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 
 from ism_jax import config_check, trained_network
 from ism_jax.data import pixels
-from ism_jax.runtime import command_line, files
+from ism_jax.runtime import command_line, files, paths
 from ism_jax.sampling import image_grid
 
 
@@ -96,7 +95,7 @@ def sample_grid(
 
 
 def write_samples(
-    out: Path,
+    out: paths.Path,
     images: np.ndarray,
     *,
     schedules: Sequence[Sequence[float]],
@@ -144,9 +143,8 @@ def write_samples(
 
 def run_flags() -> None:
     """Runs the command."""
-    out = files.local_path(FLAGS.out, '--out')
-    workdir = files.local_path(FLAGS.workdir, '--workdir')
-    run = trained_network.load(workdir, FLAGS.step)
+    out = paths.from_user(FLAGS.out, '--out')
+    run = trained_network.load(FLAGS.workdir, FLAGS.step)
     if FLAGS.schedule:
         given = [command_line.parse_numbers(FLAGS.schedule, float)]
     else:

@@ -35,8 +35,8 @@ from ism_jax.runtime import (
     command_line,
     compilation_cache,
     distributed,
-    files,
     lock,
+    paths,
     preemption,
     watchdog,
 )
@@ -58,7 +58,7 @@ def train(
 
     Args:
       config: see `ism_jax.config`.
-      workdir: folder of the run.
+      workdir: folder of the run, local or gs://.
       on_samples: called with the training step, the number of sampling steps and the
         samples of each grid, [N, H, W, C] in [-1, 1], for example in a notebook.
       profile: the steps to trace, 'FROM:TO', into `workdir/profile`; '' for none.
@@ -70,11 +70,11 @@ def train(
       preemption.Preempted: a signal requested a stop; the last step is saved.
       checkpoint.SaveError: the last checkpoint, or several in a row, cannot be saved.
     """
-    workdir = files.local_path(workdir, '--workdir')
+    workdir = paths.from_user(workdir, '--workdir', paths.CHECKPOINTS)
     config_check.validate(config)
     tracer = profiler.Profiler(workdir / 'profile', profile, config.train.steps)
     with contextlib.closing(tracer), contextlib.ExitStack() as held:
-        distributed.first(lambda: held.enter_context(lock.Lock(workdir)) and None)
+        distributed.first(lambda: held.enter_context(lock.for_folder(workdir)) and None)
         distributed.check_shared(workdir)
         requests = held.enter_context(preemption.Requests())
         try:
@@ -86,7 +86,7 @@ def train(
             raise CorruptImageError(f'{error}{advice}') from error
 
 
-def _train(config, workdir: Path, held, requests, on_samples, tracer):
+def _train(config, workdir: paths.Path, held, requests, on_samples, tracer):
     """`train`, in a folder locked for this run; `held` closes what it opens."""
     experiment = Experiment(config)
     log = tqdm.tqdm.write if jax.process_index() == 0 else lambda text: None
@@ -180,7 +180,9 @@ def run_flags():
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     command_line.define_config_flag()
-    flags.DEFINE_string('workdir', None, 'Folder of the run; runs/CONFIG by default.')
+    flags.DEFINE_string(
+        'workdir', None, 'Folder of the run, local or gs://; runs/CONFIG by default.'
+    )
     flags.DEFINE_string('profile', '', 'FROM:TO, the steps to trace for xprof.')
     flags.DEFINE_bool('plan', False, 'Only print what the run needs.')
     flags.DEFINE_integer('plan_devices', 8, 'Devices to plan for.', lower_bound=1)

@@ -12,7 +12,7 @@ from ism_jax import config_check
 from ism_jax.experiment import Experiment, make_model
 from ism_jax.interchange import exported_network
 from ism_jax.models import sit
-from ism_jax.runtime import checksums, files, sharding
+from ism_jax.runtime import checksums, paths, sharding
 from ism_jax.training import checkpoint, train_state
 
 
@@ -49,13 +49,14 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> TrainedNetwork:
     """Loads what sampling needs from a run: its inference EMA and its config.
 
     Args:
-      workdir: folder of the run, or of a network that `ism_jax.convert` wrote.
+      workdir: folder of the run, or of a network that `ism_jax.convert` wrote, local
+        or in a bucket.
       step: which checkpoint; None for the latest.
 
     Raises:
       ValueError: there is no run, or no such checkpoint.
     """
-    workdir = files.local_path(workdir, '--workdir')
+    workdir = paths.from_user(workdir, '--workdir')
     content = checkpoint.read_run(workdir)
     if content is None:
         if exported_network.exists(workdir):
@@ -186,6 +187,7 @@ def initial_state(experiment: Experiment, workdir):
     folder = experiment.config.train.init_from
     if not folder or checkpoint.saved_steps(workdir):
         return *experiment.init_state(), []
+    folder = paths.from_user(folder, 'train.init_from =')
     network = exported_network.read(folder)
     old_model = exported_model(network)
     exported_network.check_params(network, old_model, folder)

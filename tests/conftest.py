@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import secrets
 import sys
 import tempfile
 import types
@@ -25,11 +26,13 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import storage_emulator  # noqa: E402
 
 from ism_jax import config as config_lib  # noqa: E402
 from ism_jax import train  # noqa: E402
 from ism_jax.interchange import named_tensors  # noqa: E402
 from ism_jax.models import inception  # noqa: E402
+from ism_jax.runtime import paths  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -81,6 +84,29 @@ def small_run(tmp_path_factory):
         patch.setattr(jax, 'devices', lambda: devices)
         train.train(config.lock(), folder, profile='2:4')
     return folder
+
+
+@pytest.fixture(scope='session')
+def storage():
+    """An emulator of Google Cloud Storage, as a `storage_emulator.Proxy`.
+
+    It has a bucket named 'bucket'. Clients of this process and its children use it.
+    """
+    with storage_emulator.google() as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in storage_emulator.environment(proxy.url).items():
+            patch.setenv(name, value)
+        from google.cloud import storage
+
+        storage.Client(project=None).create_bucket('bucket')
+        yield proxy
+
+
+@pytest.fixture
+def folder(storage, request):
+    """The URL of a new folder in the bucket."""
+    del storage
+    name = request.node.originalname
+    return paths.to_path(f'gs://bucket/{name}-{secrets.token_hex(4)}')
 
 
 @pytest.fixture(scope='session')

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 def _flags(**values):
     defaults = dict(
-        images='', workdir='run', keep='', process_index=None, process_count=None
-    )
+        images='', workdir='run', keep='', process_index=None, process_count=None,
+        inception='', dinov2='', efficientnet='',
+    )  # fmt: skip
     return types.SimpleNamespace(**defaults | values)
 
 
@@ -30,6 +31,7 @@ def _flags(**values):
         (dict(workdir=None), 'give --workdir, a run, or --images'),
         (dict(images='a.npz'), 'give --workdir, a run, or --images'),
         (dict(keep='npz,jpg'), "--keep npz,jpg: 'jpg' is not one of npz, png"),
+        (dict(dinov2='gs://bucket/dino'), '--dinov2 gs://bucket/dino is a URL'),
         (dict(process_index=2, process_count=2), '--process_index 2 is not in 0 .. 1'),
     ],
 )

@@ -217,8 +217,8 @@ def test_missing_networks_are_refused(tmp_path):
         ism_jax.load(tmp_path / 'nowhere')
     with pytest.raises(ValueError, match='holds no run'):
         ism_jax.load(tmp_path)
-    with pytest.raises(ValueError, match='path gs://bucket/run is a URL'):
-        ism_jax.load('gs://bucket/run')
+    with pytest.raises(ValueError, match='path https://host/run is a URL'):
+        ism_jax.load('https://host/run')
     with pytest.raises(AttributeError, match='no attribute .lood'):
         ism_jax.lood  # noqa: B018
 

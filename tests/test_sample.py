@@ -102,11 +102,11 @@ def test_latents_are_written_without_pictures(tmp_path):
 
 @pytest.mark.parametrize('flag', ['--out', '--workdir'])
 def test_urls_are_refused(flag, tmp_path):
-    paths = {'--out': tmp_path, '--workdir': tmp_path, flag: 'gs://bucket/x'}
+    paths = {'--out': tmp_path, '--workdir': tmp_path, flag: 'https://host/x'}
     options = [f'{name}={path}' for name, path in paths.items()]
     done = subprocess.run(
         [sys.executable, '-m', 'ism_jax.sample', *options],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and f'{flag} gs://bucket/x is a URL' in done.stderr
+    assert done.returncode == 2 and f'{flag} https://host/x is a URL' in done.stderr

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 
 from ism_jax.data import source
+from ism_jax.runtime import paths
 
 # The folder of Debian's package dataset-fashion-mnist.
 FASHION_MNIST_DIR = '/usr/share/datasets/fashion-mnist'
@@ -82,7 +83,7 @@ def fashion_mnist(
     Raises:
       ValueError: a file is missing or damaged, or the files do not belong together.
     """
-    folder = Path(data_dir or FASHION_MNIST_DIR)
+    folder = paths.local_path(data_dir or FASHION_MNIST_DIR, 'fashion_mnist in')
     prefix = {'train': 'train', 'test': 't10k'}[split]
     images = _read_idx(folder, f'{prefix}-images-idx3-ubyte')
     labels = _read_idx(folder, f'{prefix}-labels-idx1-ubyte')

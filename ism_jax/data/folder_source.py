@@ -1,13 +1,14 @@
 """Image files in a folder, one subfolder per class."""
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 
 from ism_jax.data import encoded_source
-from ism_jax.runtime.files import local_path
+from ism_jax.runtime import paths
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 
@@ -18,7 +19,7 @@ class FolderSource(encoded_source.EncodedSource):
     A class folder may have subfolders. Names that begin with a dot are ignored.
 
     Args:
-      path: the folder.
+      path: the folder, local or in a bucket.
       image_size, channels, on_corrupt: see `EncodedSource`.
 
     Raises:
@@ -28,7 +29,7 @@ class FolderSource(encoded_source.EncodedSource):
     def __init__(
         self, path: str, *, image_size: int, channels: int, on_corrupt: str = 'error'
     ):
-        self.path = local_path(path, 'folder')
+        self.path = paths.from_user(path, 'folder')
         classes = _list_classes(self.path)
         # Names relative to the folder, to save memory: there may be millions.
         self._files = [file for files in classes.values() for file, _ in files]
@@ -47,7 +48,8 @@ class FolderSource(encoded_source.EncodedSource):
         )
 
     def encoded(self, index):
-        return self.path / self._files[index]
+        path = self.path / self._files[index]
+        return io.BytesIO(paths.read_bytes(path)) if paths.is_bucket(path) else path
 
     def name_of(self, index):
         return str(self.path / self._files[index])
@@ -59,10 +61,12 @@ class FolderSource(encoded_source.EncodedSource):
         )
 
 
-def _list_classes(path: Path) -> dict[str, list[tuple[str, int]]]:
+def _list_classes(path: paths.Path) -> dict[str, list[tuple[str, int]]]:
     """The files of each class as (name relative to `path`, size in bytes), sorted."""
     entries, classes = [], {}
-    if path.is_dir():
+    if paths.is_bucket(path):
+        entries, classes = _list_bucket(path)
+    elif path.is_dir():
         entries = sorted(p for p in path.iterdir() if not p.name.startswith('.'))
         names = [entry.name for entry in entries if entry.is_dir()]
         classes = {name: sorted(_list_images(path / name, name)) for name in names}
@@ -80,6 +84,22 @@ def _list_classes(path: Path) -> dict[str, list[tuple[str, int]]]:
         f'{problem}; every subfolder is a class, so put the images of each class into '
         'one (all images into one subfolder if there are no classes)'
     )
+
+
+def _list_bucket(path: paths.Path):
+    """The objects that are in no class, and what `_list_classes` returns."""
+    loose, classes = [], {}
+    for name, size in paths.files_below(path).items():
+        folder, *rest = name.split('/')
+        if any(part.startswith('.') for part in (folder, *rest[:-1])):
+            continue
+        if not rest:
+            loose.append(path / name)
+            continue
+        files = classes.setdefault(folder, [])
+        if is_image(rest[-1]):
+            files.append((name, size))
+    return loose, {name: sorted(classes[name]) for name in sorted(classes)}
 
 
 def is_image(name: str) -> bool:

@@ -21,7 +21,7 @@ import tqdm
 
 from ism_jax.data import latents
 from ism_jax.data.source import CorruptImageError, Source
-from ism_jax.runtime import checksums, distributed, files, sharding
+from ism_jax.runtime import checksums, distributed, files, paths, sharding
 
 PARTS = 'parts'
 
@@ -126,7 +126,7 @@ def prepare(
       ValueError: the folder holds latents with other settings.
       CorruptImageError: an image cannot be read.
     """
-    out = Path(out).expanduser()
+    out = paths.to_path(out)
     ranges = shard_ranges(len(source), shards)
     settings = about | {
         'source': repr(source),
@@ -167,7 +167,7 @@ def _claim(out: Path, settings: dict) -> None:
     if not path.exists() and not (out / 'manifest.json').exists():
         files.write_json(path, settings)
         return
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = json.loads(paths.read_bytes(path)) if path.exists() else {}
     differing = [
         f'{name}: {old.get(name)!r} -> {new.get(name)!r}'
         for name in sorted(old.keys() | new.keys())
@@ -188,8 +188,8 @@ def _read_parts(out: Path, count: int) -> list[dict | None]:
         shard = out / latents.shard_name(index, count)
         if not path.exists() or not shard.exists():
             return None
-        part = json.loads(path.read_text())
-        return part if shard.stat().st_size == part['bytes'] else None
+        part = json.loads(paths.read_bytes(path))
+        return part if paths.size(shard) == part['bytes'] else None
 
     return [read(index) for index in range(count)]
 
@@ -244,8 +244,7 @@ def _write_shard(
     num_threads,
     progress,
 ) -> dict:
-    """Writes a shard under a temporary name, renames it, returns its description."""
-    unfinished = path.with_name(f'.{path.name}.unfinished')
+    """Writes a shard, completely or not at all; returns its description."""
     labels, skipped, moments = [], [], latents.ChannelMoments()
 
     def read(position):
@@ -268,36 +267,34 @@ def _write_shard(
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=2 * batch_size
     )
-    # Groups of one record, as training reads single records in random order.
-    writer = array_record_module.ArrayRecordWriter(str(unfinished), 'group_size:1')
     waiting = []
-    try:
-        for number, record in dataset.to_iter_dataset(options):
-            if isinstance(record, CorruptImageError):
-                if on_corrupt == 'error':
-                    raise record
-                reason = str(record.__cause__ or record)
-                skipped.append({'file': source.name_of(number), 'reason': reason})
-                progress(1)
-                continue
-            waiting.append(record)
-            if len(waiting) == batch_size:
+    with files.replacing(path) as unfinished:
+        # Groups of one record, as training reads single records in random order.
+        writer = array_record_module.ArrayRecordWriter(str(unfinished), 'group_size:1')
+        try:
+            for number, record in dataset.to_iter_dataset(options):
+                if isinstance(record, CorruptImageError):
+                    if on_corrupt == 'error':
+                        raise record
+                    reason = str(record.__cause__ or record)
+                    skipped.append({'file': source.name_of(number), 'reason': reason})
+                    progress(1)
+                    continue
+                waiting.append(record)
+                if len(waiting) == batch_size:
+                    write(waiting)
+                    waiting = []
+            if waiting:
                 write(waiting)
-                waiting = []
-        if waiting:
-            write(waiting)
-    finally:
-        writer.close()
-    unfinished.replace(path)
-    return {
-        'name': path.name,
-        'count': len(labels),
-        'bytes': path.stat().st_size,
-        'sha256': checksums.sha256(path),
-        'labels': labels,
-        'skipped': skipped,
-        'moments': moments.to_json(),
-    }
+        finally:
+            writer.close()
+        about = {
+            'name': path.name,
+            'count': len(labels),
+            'bytes': unfinished.stat().st_size,
+            'sha256': checksums.sha256(unfinished),
+        }
+    return about | {'labels': labels, 'skipped': skipped, 'moments': moments.to_json()}
 
 
 def _finish(out: Path, settings: dict, parts: list[dict]) -> dict:
@@ -333,7 +330,7 @@ def verify(out, log: Callable[[str], Any] = print) -> list[str]:
     Raises:
       ValueError: there is no manifest.
     """
-    out = Path(out).expanduser()
+    out = paths.local_path(out, '--out')
     manifest = latents.read_manifest(out)
     shape, problems, position = tuple(manifest['latent_shape']), [], 0
     labels_path = out / 'labels.npy'

@@ -5,20 +5,20 @@ import hashlib
 
 import numpy as np
 
-from ism_jax.data import latents, source
-from ism_jax.runtime import checksums
-from ism_jax.runtime.files import local_path
+from ism_jax.data import latents, shard_cache, source
+from ism_jax.runtime import checksums, paths
 
 
 class LatentSource(source.Source):
     """A source of latents; `source[i]` is a `latents.Record`.
 
     Args:
-      path: the finished folder.
+      path: the finished folder, local or in a bucket.
       shape: (h, w, c), the expected shape of a latent.
       mean: per channel, subtracted from the latents; () for 0.
       std: per channel, divides the latents; () to multiply them by the autoencoder's
         `scaling_factor` instead.
+      cache_dir: local folder for a copy of latents in a bucket.
 
     Attributes:
       manifest: the folder's manifest.
@@ -36,10 +36,14 @@ class LatentSource(source.Source):
         shape: tuple[int, int, int],
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
+        cache_dir: str = '',
     ):
         from array_record.python import array_record_data_source
 
-        self.path = local_path(path, 'latents')
+        folder = paths.from_user(path, 'latents')
+        if paths.is_bucket(folder):
+            folder = shard_cache.local_copy(folder, cache_dir)
+        self.path = folder
         self.manifest = latents.read_manifest(self.path)
         self.image_shape = tuple(self.manifest['latent_shape'])
         if self.image_shape != shape:

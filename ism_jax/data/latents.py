@@ -16,13 +16,13 @@ factor (0.18215 for Stable Diffusion's autoencoder) is applied when they are rea
 from collections.abc import Iterable
 import io
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ism_jax.runtime import checksums, files
+from ism_jax.runtime import checksums, files, paths
 
+MANIFEST, LABELS = 'manifest.json', 'labels.npy'
 FORMAT = 'ism_jax latents'
 VERSION = 1
 DTYPES = ('float16', 'float32')
@@ -120,7 +120,7 @@ def shard_name(index: int, count: int) -> str:
 
 def write_manifest(folder, manifest: dict[str, Any], labels: np.ndarray) -> None:
     """Writes `labels.npy` and then `manifest.json`, which marks a finished folder."""
-    path = Path(folder) / 'labels.npy'
+    path = paths.to_path(folder) / LABELS
     buffer = io.BytesIO()
     np.save(buffer, labels.astype(_LABEL), allow_pickle=False)
     files.write_bytes(path, buffer.getvalue())
@@ -130,7 +130,7 @@ def write_manifest(folder, manifest: dict[str, Any], labels: np.ndarray) -> None
         **manifest,
         'labels_sha256': checksums.sha256(path),
     }
-    files.write_json(Path(folder) / 'manifest.json', manifest)
+    files.write_json(paths.to_path(folder) / MANIFEST, manifest)
 
 
 def read_manifest(folder) -> dict[str, Any]:
@@ -139,14 +139,14 @@ def read_manifest(folder) -> dict[str, Any]:
     Raises:
       ValueError: it is missing, damaged or has another version.
     """
-    path = Path(folder) / 'manifest.json'
+    path = paths.to_path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(
             f'{folder} holds no finished latents (no manifest.json); run `python -m '
             'ism_jax.prepare_data` again to resume'
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(paths.read_bytes(path))
         found = f'{manifest["format"]!r} version {manifest["version"]}'
     except (ValueError, KeyError, TypeError) as error:
         found = f'damaged ({error})'

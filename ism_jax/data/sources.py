@@ -40,6 +40,7 @@ def make_source(
     split: str = 'train',
     latent_mean: Sequence[float] = (),
     latent_std: Sequence[float] = (),
+    cache_dir: str = '',
 ) -> Source:
     """Opens the source with this name.
 
@@ -60,6 +61,7 @@ def make_source(
         other sources have 'train' only.
       latent_mean: for 'latents', per channel; see `LatentSource`.
       latent_std: for 'latents', per channel; see `LatentSource`.
+      cache_dir: for 'latents' in a bucket; see `LatentSource`.
 
     Raises:
       ValueError: an unknown name or split, missing or damaged files, or a size or
@@ -106,5 +108,5 @@ def make_source(
             )
     shape = (image_size, image_size, channels)
     return latent_source.LatentSource(
-        rest, shape=shape, mean=latent_mean, std=latent_std
+        rest, shape=shape, mean=latent_mean, std=latent_std, cache_dir=cache_dir
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import dataclasses
 import hashlib
 import json
-import pathlib
 
 import chex
 import flax
@@ -21,6 +20,7 @@ import optax
 from ism_jax.data import pixels
 from ism_jax.evaluation import npz_cache, padded_batches
 from ism_jax.models import conv_classifier
+from ism_jax.runtime import paths
 
 # Part of the cache key: increase it if the same settings give a different one.
 _VERSION = 1
@@ -128,7 +128,7 @@ def load_or_train(
     key = content_key(images, labels, num_classes, settings)
     path = None
     if cache_dir is not None:
-        path = pathlib.Path(cache_dir) / f'classifier-{key}.npz'
+        path = paths.to_path(cache_dir) / f'classifier-{key}.npz'
         loaded = _load(path, num_classes, settings, key)
         if loaded is not None:
             log(f'classifier: held-out accuracy {loaded.accuracy:.2%}, from {path}')

@@ -1,12 +1,11 @@
 """Cached results in NPZ files: a bad file or a read-only folder is never fatal."""
 
 from collections.abc import Mapping
-from pathlib import Path
 import warnings
 
 import numpy as np
 
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 
 def write(path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -32,11 +31,11 @@ def read(path, key: str) -> dict[str, np.ndarray] | None:
 
     Warns in the last two cases.
     """
-    if not Path(path).exists():
+    if not paths.to_path(path).exists():
         return None
     try:
         # Reading a zip archive verifies the checksum of every array.
-        with np.load(path, allow_pickle=False) as file:
+        with files.open_npz(path) as file:
             arrays = {name: file[name] for name in file.files}
         found = str(arrays.pop('key'))
         problem = '' if found == key else f'its key is {found}'

@@ -9,7 +9,6 @@ ADM's layout, and `png/`.
 
 from collections.abc import Callable, Mapping, Sequence
 import json
-from pathlib import Path
 import shlex
 import sys
 import time
@@ -27,7 +26,7 @@ from ism_jax.evaluation import (
     sample_chunks,
     sample_files,
 )
-from ism_jax.runtime import distributed, provenance
+from ism_jax.runtime import distributed, paths, provenance
 from ism_jax.sampling.sampler import Sampler
 
 LABELS = ('balanced', 'uniform')
@@ -44,7 +43,7 @@ ROUNDING = 'clip(x, -1, 1), (x + 1) 127.5, rounded half to even'
 class Setting(NamedTuple):
     """A setting of the sampler, and the folder of its record and samples."""
 
-    folder: Path
+    folder: paths.Path
     steps: int
     guidance: float
     schedule: tuple[float, ...]
@@ -87,12 +86,12 @@ def settings_of(
       interval: start and end time of guidance; None for the method's default.
       out: folder of the evaluation.
     """
-    settings = []
+    settings, out = [], paths.to_path(out)
     for number, schedule in schedules.items():
         for w in guidance:
-            setting = Setting(Path(out), number, float(w), schedule, interval)
+            setting = Setting(out, number, float(w), schedule, interval)
             key = feature_network.identity_key(dict(description) | _fields(setting))
-            folder = Path(out) / f'steps_{number}_guidance_{w:g}_{key[:8]}'
+            folder = out / f'steps_{number}_guidance_{w:g}_{key[:8]}'
             settings.append(setting._replace(folder=folder))
     return settings
 
@@ -214,12 +213,13 @@ def write_records(out) -> list[dict]:
     Each gets `guidance_grid`: all guidance scales that were scored with the same
     network, steps and noise. The best score of a grid is biased by its selection.
     """
-    found = [_read(path.parent) for path in sorted(Path(out).glob(f'*/{RECORD}'))]
+    out = paths.to_path(out)
+    found = [_read(path.parent) for path in sorted(out.glob(f'*/{RECORD}'))]
     grids = {}
     for record in found:
         grids.setdefault(_all_but_guidance(record), set()).add(record['guidance'])
     found = [r | {'guidance_grid': sorted(grids[_all_but_guidance(r)])} for r in found]
-    records.write_records(Path(out) / 'records.json', found)
+    records.write_records(out / 'records.json', found)
     return found
 
 
@@ -302,7 +302,7 @@ def _provenance() -> dict:
 
 
 def _read(folder) -> dict:
-    return json.loads((folder / RECORD).read_text())
+    return json.loads(paths.read_bytes(folder / RECORD))
 
 
 def _is_finished(folder, keep) -> bool:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ism_jax.data import folder_source, image_crop
 from ism_jax.data.source import CorruptImageError, Source
-from ism_jax.runtime import checksums
+from ism_jax.runtime import checksums, paths
 
 THREADS = 8  # Decoding releases the GIL.
 
@@ -43,8 +43,8 @@ def open_images(origin, *, image_size: int | None = None):
     """
     if hasattr(origin, 'image_shape'):
         return SourceImages(origin)
-    path = Path(origin)
-    if path.is_dir():
+    path = paths.to_path(origin)
+    if path.is_dir() and not paths.is_bucket(path):
         return FolderImages(path, image_size)
     if path.is_file() and path.suffix == '.npz':
         return NpzImages(path)
@@ -145,11 +145,10 @@ class NpzImages:
     """
 
     def __init__(self, path):
-        self._path = Path(path)
+        self._path = paths.to_path(path)
         try:
-            with zipfile.ZipFile(self._path) as archive:
-                with archive.open('arr_0.npy') as file:
-                    self._shape, fortran, dtype = _read_header(file)
+            with self._array() as file:
+                self._shape, fortran, dtype = _read_header(file)
         except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f'{path} has no readable images arr_0 ({error}): give an NPZ file in '
@@ -177,20 +176,26 @@ class NpzImages:
         """
         image_bytes = int(np.prod(self._shape[1:]))
         try:
-            with zipfile.ZipFile(self._path) as archive:
-                with archive.open('arr_0.npy') as file:
-                    _read_header(file)
-                    for start in range(0, len(self), size):
-                        count = min(size, len(self) - start)
-                        content = file.read(count * image_bytes)
-                        batch = np.frombuffer(content, np.uint8)
-                        yield batch.reshape(count, *self._shape[1:])
-                    # zipfile compares the checksum at the end of the array.
-                    file.read(1)
+            with self._array() as file:
+                _read_header(file)
+                for start in range(0, len(self), size):
+                    count = min(size, len(self) - start)
+                    content = file.read(count * image_bytes)
+                    batch = np.frombuffer(content, np.uint8)
+                    yield batch.reshape(count, *self._shape[1:])
+                # zipfile compares the checksum at the end of the array.
+                file.read(1)
         except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(
                 f'{self._path} is damaged ({error}); download it again'
             ) from error
+
+    @contextlib.contextmanager
+    def _array(self):
+        """The open array in the file."""
+        with paths.open_file(self._path) as file, zipfile.ZipFile(file) as archive:
+            with archive.open('arr_0.npy') as array:
+                yield array
 
 
 def _read_in_threads(read, count, size):

@@ -16,7 +16,7 @@ import zipfile
 import numpy as np
 
 from ism_jax.evaluation import feature_network, frechet_distance, npz_cache, real_images
-from ism_jax.runtime import checksums
+from ism_jax.runtime import checksums, files, paths
 
 # Part of the cache key: increase it if the same images get different statistics.
 _VERSION = 1
@@ -151,10 +151,14 @@ def _compute(images, network, key, kept_features, log) -> Reference:
 
 def _array_names(origin) -> list[str]:
     """Names of the arrays of an NPZ file; empty for any other origin."""
-    if not isinstance(origin, (str, os.PathLike)) or Path(origin).suffix != '.npz':
+    if (
+        not isinstance(origin, (str, os.PathLike))
+        or paths.to_path(origin).suffix != '.npz'
+    ):
         return []
     try:
-        with zipfile.ZipFile(origin) as archive:
+        origin = paths.to_path(origin)
+        with paths.open_file(origin) as file, zipfile.ZipFile(file) as archive:
             return [name.removesuffix('.npy') for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(
@@ -169,7 +173,7 @@ def _read_moments(path, network) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {}
     moments, problem = {}, ''
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with files.open_npz(path) as file:
             for output, (mean, covariance) in _OUTPUTS.items():
                 if mean in file and covariance in file:
                     pair = file[mean], file[covariance]

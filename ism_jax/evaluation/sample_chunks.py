@@ -7,14 +7,13 @@ later run can resume it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 import warnings
 
 import numpy as np
 
 from ism_jax.data import pixels
 from ism_jax.evaluation import padded_batches
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 _LABELS, _IMAGES = 'labels', 'images'
 
@@ -34,7 +33,7 @@ class Chunks:
 
     def __init__(self, folder, labels: np.ndarray, size: int, *, keep_images: bool):
         self._keep_images = keep_images
-        self._folder = Path(folder)
+        self._folder = paths.to_path(folder)
         self._labels = np.asarray(labels)
         self._size = size
         self.count = -(-len(self._labels) // size)
@@ -83,23 +82,24 @@ class Chunks:
                 continue
             try:
                 # Reading a zip archive verifies the checksum of every array.
-                with np.load(path, allow_pickle=False) as file:
+                with files.open_npz(path) as file:
                     arrays = {name: file[name] for name in file.files}
                 usable = np.array_equal(arrays[_LABELS], self._labels_of(index))
                 usable &= _IMAGES in arrays or not self._keep_images
-            except Exception:  # pylint: disable=broad-exception-caught
+            except Exception as error:  # pylint: disable=broad-exception-caught
+                paths.raise_if_unreachable(path, error)
                 usable = False  # Damaged bytes surface as many kinds of error.
             if not usable:
                 warnings.warn(
                     f'{path} is damaged or incomplete: recomputing it', stacklevel=2
                 )
-                path.unlink()
+                paths.remove_file(path)
 
     def features(self) -> dict[str, np.ndarray]:
         """The features of all samples by name, in order."""
         parts = []
         for index in range(self.count):
-            with np.load(self._path(index), allow_pickle=False) as file:
+            with files.open_npz(self._path(index)) as file:
                 names = [n for n in file.files if n not in (_LABELS, _IMAGES)]
                 parts.append({name: file[name] for name in names})
         return padded_batches.concatenate(parts)
@@ -107,16 +107,16 @@ class Chunks:
     def images(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields images, uint8 [n, H, W, C], and labels [n], chunk by chunk."""
         for index in range(self.count):
-            with np.load(self._path(index), allow_pickle=False) as file:
+            with files.open_npz(self._path(index)) as file:
                 yield file[_IMAGES], file[_LABELS]
 
     def remove(self) -> None:
         """Deletes all chunks."""
         for index in range(self.count):
-            self._path(index).unlink(missing_ok=True)
+            paths.remove_file(self._path(index))
 
     def _labels_of(self, index):
         return self._labels[index * self._size : (index + 1) * self._size]
 
-    def _path(self, index) -> Path:
+    def _path(self, index) -> paths.Path:
         return self._folder / f'chunk-{index:05d}.npz'

@@ -5,12 +5,11 @@ ADM's evaluation (Dhariwal and Nichol, arXiv 2105.05233) reads `arr_0`, uint8
 """
 
 from collections.abc import Callable, Iterable
-import os
-from pathlib import Path
 import zipfile
 
 import numpy as np
 
+from ism_jax.runtime import files, paths
 from ism_jax.sampling import image_grid
 
 
@@ -33,21 +32,19 @@ def write_npz(
         shape = (*images.shape[1:3], 3)
     labels = np.concatenate(labels)
     shape = (len(labels), *shape)
-    path = Path(folder) / f'samples_{"x".join(map(str, shape))}.npz'
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive:
-            with archive.open('arr_0.npy', 'w', force_zip64=True) as file:
-                _write_header(file, np.uint8, shape)
-                for images, _ in parts():
-                    images = np.broadcast_to(images, (len(images), *shape[1:]))
-                    file.write(np.ascontiguousarray(images).data)
-            with archive.open('arr_1.npy', 'w') as file:
-                _write_header(file, np.int64, labels.shape)
-                file.write(labels.data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = paths.to_path(folder) / f'samples_{"x".join(map(str, shape))}.npz'
+    with (
+        files.replacing(path) as temporary,
+        zipfile.ZipFile(temporary, 'w', zipfile.ZIP_STORED) as archive,
+    ):
+        with archive.open('arr_0.npy', 'w', force_zip64=True) as file:
+            _write_header(file, np.uint8, shape)
+            for images, _ in parts():
+                images = np.broadcast_to(images, (len(images), *shape[1:]))
+                file.write(np.ascontiguousarray(images).data)
+        with archive.open('arr_1.npy', 'w') as file:
+            _write_header(file, np.int64, labels.shape)
+            file.write(labels.data)
     return path.name
 
 
@@ -63,7 +60,7 @@ def write_pngs(
     number = 0
     for images, _ in parts():
         for image in images:
-            image_grid.write_png(Path(folder) / f'{number:08d}.png', image)
+            image_grid.write_png(paths.to_path(folder) / f'{number:08d}.png', image)
             number += 1
 
 

@@ -7,7 +7,6 @@ the samples' labels.
 from collections.abc import Callable, Iterable, Sequence
 import json
 import math
-from pathlib import Path
 from typing import Any
 import warnings
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from ism_jax.data import pixels
 from ism_jax.evaluation import classifier, frechet_distance, records, score_table
+from ism_jax.runtime import paths
 from ism_jax.sampling.sampler import Sampler
 
 # Real images to train on and compare with: enough for 64 features, and they fit in
@@ -209,8 +209,8 @@ def score_settings(
         for number in steps
         for w in guidance
     ]
-    path = Path(workdir) / 'scores.json'
-    earlier = json.loads(path.read_text()) if path.exists() else []
+    path = paths.to_path(workdir) / 'scores.json'
+    earlier = json.loads(paths.read_bytes(path)) if path.exists() else []
     fields = ('trained_steps', 'samples', 'steps', 'guidance', 'interval')
     setting = lambda record: [record.get(name) for name in fields]
     replaced = [setting(record) for record in new]

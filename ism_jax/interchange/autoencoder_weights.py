@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ism_jax.interchange import hub, tensor_file, tensor_shapes
 from ism_jax.models import vae
-from ism_jax.runtime import checksums, sharding
+from ism_jax.runtime import checksums, paths, sharding
 
 CONFIG = 'config.json'
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -89,7 +89,7 @@ def locate(path: str) -> tuple[Path | None, Path]:
     Raises:
       ValueError: there are no weights.
     """
-    given = Path(path).expanduser()
+    given = paths.local_path(path, 'the autoencoder')
     if given.is_file():
         config = given.with_name(CONFIG)
         return config if config.is_file() else None, given

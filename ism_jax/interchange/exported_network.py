@@ -12,7 +12,6 @@ other fields of `ExportedNetwork`.
 from collections.abc import Sequence
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import traverse_util
@@ -22,7 +21,7 @@ import safetensors.numpy
 
 from ism_jax.interchange import tensor_file, tensor_shapes
 from ism_jax.models import sit
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 TENSORS, CONFIG = 'model.safetensors', 'config.json'
 FORMAT, VERSION = 'ism_jax', '1'
@@ -66,7 +65,8 @@ class ExportedNetwork(NamedTuple):
 
 def exists(folder) -> bool:
     """Whether the folder holds an exported network, complete or not."""
-    return any((Path(folder) / name).exists() for name in (TENSORS, CONFIG))
+    folder = paths.to_path(folder)
+    return any((folder / name).exists() for name in (TENSORS, CONFIG))
 
 
 def write(folder, network: ExportedNetwork, model: sit.SiT) -> None:
@@ -80,7 +80,7 @@ def write(folder, network: ExportedNetwork, model: sit.SiT) -> None:
     Raises:
       ValueError: the folder is that of a run, or the parameters do not fit the model.
     """
-    folder = Path(folder)
+    folder = paths.to_path(folder)
     if (folder / 'run.json').exists():
         raise ValueError(f'{folder} holds a run; give another folder to write to')
     check_params(network, model, folder)
@@ -115,7 +115,7 @@ def read(folder) -> ExportedNetwork:
       ValueError: a file is missing, damaged or edited, or has another format or
         version.
     """
-    folder = Path(folder)
+    folder = paths.to_path(folder)
     missing = [name for name in (TENSORS, CONFIG) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -130,7 +130,7 @@ def read(folder) -> ExportedNetwork:
             f'instead of {FORMAT!r}, version {VERSION!r}; use the ism_jax that wrote '
             'it, or convert the checkpoint with python -m ism_jax.convert'
         )
-    text = (folder / CONFIG).read_bytes()
+    text = paths.read_bytes(folder / CONFIG)
     digests = {
         CONFIG: (hashlib.sha256(text).hexdigest(), metadata.get('config_sha256')),
         TENSORS: (_digest(tensors), metadata.get('tensors_sha256')),

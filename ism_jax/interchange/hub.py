@@ -4,20 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 import re
 
+from ism_jax.runtime import paths
 
-def folder(path, names: Sequence[str], example: str) -> Path:
+
+def folder(path, names: Sequence[str], example: str) -> paths.Path:
     """The folder at a path, or the downloaded copy of a hub repository.
 
     Args:
-      path: a folder, or a hub id such as 'organisation/name'.
+      path: a folder, its URL in a bucket, or a hub id such as 'organisation/name'.
       names: files to download.
       example: a path or id, for the message.
 
     Raises:
       ValueError: `path` is neither, or the download failed.
     """
-    given = Path(path).expanduser()
-    if given.is_dir():
+    given = paths.to_path(path).expanduser()
+    if paths.is_bucket(given) or given.is_dir():
         return given
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)):
         raise ValueError(

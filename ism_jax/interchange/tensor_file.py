@@ -7,6 +7,7 @@ Other pickles are rejected.
 """
 
 import argparse
+import json
 from pathlib import Path
 import re
 import zipfile
@@ -14,6 +15,9 @@ import zipfile
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 import safetensors
+import safetensors.numpy
+
+from ism_jax.runtime import paths
 
 TORCH_SUFFIXES = ('.pt', '.pth', '.ckpt', '.bin')
 # Earlier versions ran code of a crafted file despite weights_only (CVE-2025-32434).
@@ -41,7 +45,7 @@ def read(path) -> tuple[dict[str, np.ndarray], str]:
       ValueError: the file is missing, damaged, in another format or holds more than
         floating-point tensors, or PyTorch is missing or unsafe.
     """
-    path = Path(path)
+    path = paths.local_path(path, 'the checkpoint')
     if not path.is_file():
         raise ValueError(f'{path} is not a file; give the path of a checkpoint')
     if path.suffix == '.safetensors':
@@ -68,20 +72,32 @@ def read(path) -> tuple[dict[str, np.ndarray], str]:
 
 
 def read_safetensors(path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file.
+    """Tensors and metadata of a `.safetensors` file, local or in a bucket.
 
     Raises:
       ValueError: the file is missing or damaged.
     """
+    path = paths.to_path(path)
     try:
+        if paths.is_bucket(path):
+            return _read_object(paths.read_bytes(path))
         with safetensors.safe_open(path, 'numpy') as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
     except (OSError, TypeError, safetensors.SafetensorError) as error:
+        paths.raise_if_unreachable(path, error)
         raise ValueError(
             f'{path} cannot be read as safetensors ({error}): it is truncated or of '
             'another format; download or write it again'
         ) from error
+
+
+def _read_object(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata in the bytes of a `.safetensors` file."""
+    tensors = safetensors.numpy.load(data)
+    # The format: the header's length in 8 bytes, then the header as JSON.
+    length = int.from_bytes(data[:8], 'little')
+    return tensors, json.loads(data[8 : 8 + length]).get('__metadata__', {})
 
 
 def _read_torch(path: Path) -> tuple[str, dict[str, np.ndarray]]:

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from concurrent import futures
 import hashlib
 import json
-from pathlib import Path
 import zlib
 
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 NAME = 'checksums.json'
 _BLOCK = 2**22
@@ -25,22 +24,24 @@ def sha256(path) -> str:
     Raises:
       ValueError: the file is missing.
     """
-    if not Path(path).is_file():
+    path = paths.to_path(path)
+    if not path.is_file():
         raise ValueError(f'{path} is not a file; give the path of one')
-    with open(path, 'rb') as file:
+    with path.open('rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def write(folder) -> None:
     """Writes the checksums of all files below a folder into it."""
-    folder = Path(folder)
-    found = dict(_checksums(folder, sorted(_names(folder))))
+    folder = paths.to_path(folder)
+    names = [name for name in paths.files_below(folder) if name != NAME]
+    found = dict(_checksums(folder, sorted(names)))
     files.write_json(folder / NAME, found)
 
 
 def is_written(folder) -> bool:
     """Whether the folder has checksums."""
-    return (Path(folder) / NAME).is_file()
+    return (paths.to_path(folder) / NAME).is_file()
 
 
 def problems(folder, below: str = '') -> list[str]:
@@ -50,17 +51,19 @@ def problems(folder, below: str = '') -> list[str]:
       folder: the argument of `write`.
       below: the only subfolder to check; '' for all files.
     """
-    folder = Path(folder)
+    folder = paths.to_path(folder)
     try:
-        expected = json.loads((folder / NAME).read_text())
+        expected = json.loads(paths.read_bytes(folder / NAME))
         sizes = {name: size for name, (size, _) in expected.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
+        paths.raise_if_unreachable(folder, error)
         return [f'{folder / NAME} cannot be read ({error})']
     chosen = [n for n in sizes if not below or n.startswith(f'{below}/')]
+    found = paths.files_below(folder)
     lines, whole = [], []
     for name in chosen:
         path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        size = found.get(name)
         if size is None:
             lines.append(f'{path} is missing')
         elif size != sizes[name]:
@@ -72,26 +75,21 @@ def problems(folder, below: str = '') -> list[str]:
             if checksum != expected[name]:
                 lines.append(f'{folder / name} differs from what was written')
     except OSError as error:
+        paths.raise_if_unreachable(folder, error)
         lines.append(f'{folder} cannot be read ({error})')
     return lines
 
 
-def _names(folder: Path) -> Iterator[str]:
-    for path in folder.rglob('*'):
-        if path.is_file() and path.name != NAME:
-            yield path.relative_to(folder).as_posix()
-
-
-def _checksums(folder: Path, names) -> Iterator[tuple[str, list[int]]]:
+def _checksums(folder: paths.Path, names) -> Iterator[tuple[str, list[int]]]:
     """(name, [size, CRC-32]) of each file."""
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        paths = [folder / name for name in names]
-        yield from zip(names, pool.map(_checksum, paths), strict=True)
+        found = pool.map(_checksum, [folder / name for name in names])
+        yield from zip(names, found, strict=True)
 
 
-def _checksum(path) -> list[int]:
+def _checksum(path: paths.Path) -> list[int]:
     size = value = 0
-    with open(path, 'rb') as file:
+    with paths.errors(path), path.open('rb') as file:
         while block := file.read(_BLOCK):
             size += len(block)
             value = zlib.crc32(block, value)

@@ -21,6 +21,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from ism_jax.runtime import files, paths
+
 KINDS = ('auto', 'on', 'off')
 # How long a process that ends with an error waits for others to do the same.
 GRACE_SECONDS = 5.0
@@ -198,16 +200,16 @@ def share_by_flags(values) -> dict[str, Any]:
     return dict(process_index=given[0], process_count=given[1], wait=False)
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: paths.Path) -> None:
     """Checks that all processes see the same folder.
 
     Raises:
       ValueError: a process does not see what the first wrote.
     """
     name = first(lambda: f'.shared_{secrets.token_hex(8)}')
-    first(lambda: (folder / name).touch())
+    first(lambda: files.write_bytes(folder / name, b''))
     sees = multihost_utils.process_allgather(np.bool_((folder / name).exists()))
-    first(lambda: (folder / name).unlink())
+    first(lambda: paths.remove_file(folder / name))
     if not np.all(sees):
         raise ValueError(
             f'processes {np.flatnonzero(~np.ravel(sees)).tolist()} do not see the same '

@@ -1,42 +1,43 @@
-"""Local paths, and files that are written atomically."""
+"""Files that are written completely or not at all, on disk and in buckets."""
 
+from collections.abc import Iterator
+import contextlib
 import io
 import json
 import os
-from pathlib import Path
-import re
+import pathlib
+import tempfile
 
 import numpy as np
 
-
-def local_path(path, name: str) -> Path:
-    """The path of a file or folder that a user gave; `~` is expanded.
-
-    Args:
-      path: text or path-like.
-      name: name of the flag or argument, for the message.
-
-    Raises:
-      ValueError: a URL such as gs://bucket/run, which would become a local folder.
-    """
-    # Path('gs://bucket') is 'gs:/bucket'; the text 'folder:/images' is no URL.
-    mark = '://' if isinstance(path, str) else ':/'
-    if re.match(r'[A-Za-z][\w+.-]+' + mark, os.fspath(path)):
-        raise ValueError(
-            f'{name} {path} is a URL, and only local paths work; mount the bucket, or '
-            'copy to and from it'
-        )
-    return Path(path).expanduser()
+from ism_jax.runtime import paths
 
 
 def write_bytes(path, data: bytes) -> None:
     """Writes a file, completely or not at all; creates its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = paths.to_path(path)
+    if paths.is_bucket(path):
+        paths.put(path, data)
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path) -> Iterator[pathlib.Path]:
+    """Yields a local file to write; it becomes `path` when the `with` block ends."""
+    path = paths.to_path(path)
+    if paths.is_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = pathlib.Path(folder) / path.name
+            yield temporary
+            paths.upload(temporary, path)
+        return
+    paths.make_folder(path.parent)
     # In the same directory, as a rename is atomic only within a file system.
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -52,3 +53,11 @@ def write_npz(path, /, **arrays) -> None:
     out = io.BytesIO()
     np.savez(out, **arrays)
     write_bytes(path, out.getvalue())
+
+
+@contextlib.contextmanager
+def open_npz(path):
+    """Yields an NPZ file; reading an array verifies its checksum."""
+    with paths.open_file(paths.to_path(path)) as file:
+        with np.load(file, allow_pickle=False) as arrays:
+            yield arrays

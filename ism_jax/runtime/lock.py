@@ -1,4 +1,7 @@
-"""One run per folder: a lock that is released when its process ends."""
+"""One run per folder: a lock that is released when its process ends.
+
+In a bucket, which has no locks, a `lease.Lease` takes its place.
+"""
 
 import json
 import os
@@ -11,7 +14,16 @@ try:
 except ImportError:  # Not on Windows, where nothing is locked.
     fcntl = None
 
+from ism_jax.runtime import lease, paths
+
 NAME = 'lock'
+
+
+def for_folder(folder: paths.Path):
+    """A context manager that holds a folder, on disk or in a bucket."""
+    if paths.is_bucket(folder):
+        return lease.Lease(folder, _about())
+    return Lock(folder)
 
 
 class Lock:
@@ -22,13 +34,15 @@ class Lock:
 
     Args:
       folder: created if it is missing.
+      wait: wait for the process that holds the lock, instead of raising.
 
     Raises:
       ValueError: on entry, if another process (which the message names) holds the lock,
         or if the folder cannot be written to.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, wait: bool = False):
+        self._wait = wait
         self._path = Path(folder) / NAME
         self._file = None
 
@@ -44,19 +58,18 @@ class Lock:
         if fcntl is None:
             return self
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            at_once = 0 if self._wait else fcntl.LOCK_NB
+            fcntl.flock(self._file, fcntl.LOCK_EX | at_once)
         except BlockingIOError as error:
             self._file.seek(0)
-            holder = _described(self._file.read())
+            holder = lease.described(self._file.read())
             self._file.close()
             raise ValueError(
                 f'{self._path.parent} is used by another run{holder}; wait for it, '
                 'stop it, or give another --workdir'
             ) from error
         self._file.truncate(0)
-        about = {'pid': os.getpid(), 'host': socket.gethostname()}
-        about |= {'since': time.strftime('%Y-%m-%d %H:%M:%S')}
-        self._file.write(json.dumps(about))
+        self._file.write(json.dumps(_about()))
         self._file.flush()
         return self
 
@@ -66,9 +79,7 @@ class Lock:
             self._file = None
 
 
-def _described(text: str) -> str:
-    try:
-        about = json.loads(text)
-        return f' (process {about["pid"]} on {about["host"]} since {about["since"]})'
-    except (ValueError, KeyError, TypeError):
-        return ''  # The holder has not written yet.
+def _about() -> dict:
+    """This process, for the message to another one."""
+    about = {'pid': os.getpid(), 'host': socket.gethostname()}
+    return about | {'since': time.strftime('%Y-%m-%d %H:%M:%S')}

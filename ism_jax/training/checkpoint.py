@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-from pathlib import Path
 import threading
 from typing import Any
 
@@ -19,12 +18,16 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ism_jax.runtime import checksums, files
+from ism_jax.runtime import checksums, files, paths
 from ism_jax.training.train_state import TrainState
 
 # Saves in a row that may fail before the run stops.
 MAX_FAILED_SAVES = 3
 DAMAGED = 'damaged_checkpoints'
+# The object that Orbax writes last into a checkpoint in a bucket.
+COMMITTED = 'commit_success.txt'
+# Between looks for a complete checkpoint: on disk, in a bucket.
+_POLL_SECONDS = 0.05, 1.0
 
 
 class SaveError(RuntimeError):
@@ -221,7 +224,7 @@ class Checkpointer:
 class _Sealing:
     """Writes the checksums of a checkpoint in a thread, once it is complete."""
 
-    def __init__(self, step: int, folder: Path):
+    def __init__(self, step: int, folder: paths.Path):
         self.step = step
         self._folder = folder
         self._given_up = threading.Event()
@@ -232,11 +235,11 @@ class _Sealing:
             self._thread.start()
 
     def _run(self):
-        # Orbax writes under another name and renames a complete checkpoint.
-        while not self._folder.is_dir():
-            if self._given_up.wait(0.05):
-                return
+        pause = _POLL_SECONDS[paths.is_bucket(self._folder)]
         try:
+            while not _is_complete(self._folder):
+                if self._given_up.wait(pause):
+                    return
             checksums.write(self._folder)
         except OSError as error:
             self._error = error
@@ -270,14 +273,25 @@ def set_aside_damaged(workdir, log: Callable[[str], Any] = print) -> None:
         _set_aside(folder, problems[0], log)
 
 
-def _set_aside(folder: Path, reason: str, log) -> None:
-    target = folder.parent.with_name(DAMAGED) / folder.name
-    number = 0
+def _is_complete(folder: paths.Path) -> bool:
+    """Whether Orbax has finished a checkpoint.
+
+    On disk it writes under another name and renames a complete checkpoint; in a bucket,
+    where nothing can be renamed, it writes `COMMITTED` last.
+    """
+    if paths.is_bucket(folder):
+        with paths.errors(folder):
+            return (folder / COMMITTED).exists()
+    return folder.is_dir()
+
+
+def _set_aside(folder: paths.Path, reason: str, log) -> None:
+    parent = folder.parent.parent / DAMAGED
+    target, number = parent / folder.name, 0
     while target.exists():
         number += 1
-        target = target.with_name(f'{folder.name}.{number}')
-    target.parent.mkdir(exist_ok=True)
-    folder.rename(target)
+        target = parent / f'{folder.name}.{number}'
+    paths.move_folder(folder, target, first=[COMMITTED])
     reason = reason.strip().splitlines()[0]
     log(f'checkpoint {folder.name} is damaged ({reason}); it was moved to {target}')
 
@@ -289,13 +303,13 @@ def write_run(workdir, config: dict, source) -> None:
         'class_names': list(source.class_names),
         'image_shape': list(source.image_shape),
     }
-    files.write_json(Path(workdir) / 'run.json', content)
+    files.write_json(paths.to_path(workdir) / 'run.json', content)
 
 
 def read_run(workdir) -> dict | None:
     """The content of `run.json`; None if there is no run."""
-    path = Path(workdir) / 'run.json'
-    return json.loads(path.read_text()) if path.exists() else None
+    path = paths.to_path(workdir) / 'run.json'
+    return json.loads(paths.read_bytes(path)) if path.exists() else None
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
@@ -303,13 +317,14 @@ def saved_steps(workdir: str | os.PathLike) -> list[int]:
     folder = checkpoint_folder(workdir)
     if not folder.is_dir():
         return []
-    # Orbax writes under another name and renames a complete checkpoint.
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    names = [path.name for path in folder.iterdir()]
+    steps = [int(name) for name in names if name.isdigit()]
+    return sorted(step for step in steps if _is_complete(folder / str(step)))
 
 
-def checkpoint_folder(workdir) -> Path:
+def checkpoint_folder(workdir) -> paths.Path:
     """Where the checkpoints of a run are."""
-    return Path(workdir).absolute() / 'checkpoints'
+    return paths.absolute(workdir) / 'checkpoints'
 
 
 def restore_trees(workdir, step: int, trees: dict[str, Any]) -> dict[str, Any]:

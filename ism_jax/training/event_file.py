@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import os
-from pathlib import Path
 import socket
 import time
 from typing import Any
@@ -13,24 +12,36 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.summary.writer import record_writer
 
+from ism_jax.runtime import bucket_file, paths
 from ism_jax.sampling import image_grid
 
 
 class EventFile:
     """An event file; every write reaches the file before it returns.
 
+    In a bucket it is several files, one after the other.
+
     Args:
-      workdir: folder of the run; a new file is created in its `tensorboard`.
+      workdir: folder of the run; new files are created in its `tensorboard`.
     """
 
-    def __init__(self, workdir: Path):
-        folder = workdir / 'tensorboard'
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, workdir: paths.Path):
+        self._folder = workdir / 'tensorboard'
+        paths.make_folder(self._folder)
         # Names begin as TensorBoard expects and sort by time.
         name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
-        file = (folder / f'{name}.{os.getpid()}').open('ab')
-        self._records = record_writer.RecordWriter(file)
-        self._write(event_pb2.Event(file_version='brain.Event:2'))
+        self._name, self._files = f'{name}.{os.getpid()}', 0
+        self._open()
+
+    def _open(self):
+        path = self._folder / self._name
+        if paths.is_bucket(path):
+            path = self._folder / f'{self._name}.{self._files:05d}'
+        self._file = bucket_file.open_to_append(path)
+        self._files += 1
+        self._records = record_writer.RecordWriter(self._file)
+        version = event_pb2.Event(file_version='brain.Event:2', wall_time=time.time())
+        self._records.write(version.SerializeToString())
 
     def settings(self, config: Mapping[str, Any], commit: str) -> None:
         """Writes the resolved config and the commit as hyperparameters."""
@@ -65,6 +76,9 @@ class EventFile:
         self._records.close()
 
     def _write(self, event) -> None:
+        if bucket_file.is_full(self._file):
+            self._records.close()
+            self._open()
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
         self._records.flush()

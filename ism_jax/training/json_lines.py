@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 import json
 import math
-from pathlib import Path
 import time
 from typing import Any
 
 import numpy as np
+
+from ism_jax.runtime import bucket_file, paths
 
 NAME = 'log.jsonl'
 
@@ -17,18 +18,26 @@ class JsonLines:
 
     A line has `time` (seconds since 1970) and either `config` and `commit`, or `step`
     and scalars, or `step` and `picture`, a name in `grids/`. Values that are not finite
-    are null. A resumed run repeats the steps since its checkpoint.
+    are null. A resumed run repeats the steps since its checkpoint. In a bucket there are
+    several files, `log.TIME.NUMBER.jsonl`, one after the other.
 
     Args:
       workdir: folder of the run.
     """
 
-    def __init__(self, workdir: Path):
-        path = workdir / NAME
-        self._file = path.open('a+b')
-        # A killed run may have left a part of a line.
-        content = path.read_bytes()
-        self._file.truncate(content.rfind(b'\n') + 1)
+    def __init__(self, workdir: paths.Path):
+        self._workdir, self._start, self._files = workdir, int(time.time()), 0
+        self._open()
+
+    def _open(self):
+        path = self._workdir / NAME
+        if paths.is_bucket(path):
+            path = self._workdir / f'log.{self._start}.{self._files:05d}.jsonl'
+        self._file = bucket_file.open_to_append(path)
+        self._files += 1
+        if not paths.is_bucket(path):
+            # A killed run may have left a part of a line.
+            self._file.truncate(path.read_bytes().rfind(b'\n') + 1)
 
     def settings(self, config: Mapping[str, Any], commit: str) -> None:
         """Writes the resolved config and the commit."""
@@ -50,5 +59,8 @@ class JsonLines:
 
     def _write(self, **record) -> None:
         line = json.dumps({'time': time.time()} | record) + '\n'
+        if bucket_file.is_full(self._file):
+            self._file.close()
+            self._open()
         self._file.write(line.encode())
         self._file.flush()

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from ism_jax.data.pool_loader import PoolLoader
-from ism_jax.runtime import distributed, files
+from ism_jax.runtime import distributed, files, paths
 from ism_jax.runtime.preemption import Requests
 from ism_jax.runtime.watchdog import Watchdog
 from ism_jax.training.checkpoint import Checkpointer
@@ -65,7 +64,7 @@ def run(
     watchdog: Watchdog,
     profiler: Profiler,
     max_skipped_in_row: int,
-    workdir: Path,
+    workdir: paths.Path,
 ) -> TrainState:
     """Trains from `state.step` to `intervals.end`.
 
@@ -144,7 +143,7 @@ def report_skipped(source, reported: set[str], progress: Progress) -> None:
 
 
 def stop_if_not_finite(
-    step: int, metrics, pool: Pool, *, max_skipped_in_row: int, workdir: Path
+    step: int, metrics, pool: Pool, *, max_skipped_in_row: int, workdir: paths.Path
 ) -> None:
     """Keeps the batch of a skipped step; stops after too many in a row.
 
@@ -168,7 +167,7 @@ def stop_if_not_finite(
         )
 
 
-def keep_batch(path: Path, step: int, metrics, pool: Pool) -> None:
+def keep_batch(path: paths.Path, step: int, metrics, pool: Pool) -> None:
     """Writes the batch of a step; a failure, such as a full disk, only warns."""
     turn = step % pool.labels.shape[0]
     arrays = {'images': pool.data, 'labels': pool.labels}

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 import os
-from pathlib import Path
 import time
 from typing import Any
 
 import numpy as np
 
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 ID_FILE = 'mlflow_run.txt'
 
@@ -27,7 +26,7 @@ class MlflowRun:
       ValueError: the server cannot be used, or has lost the run.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: paths.Path):
         import mlflow
 
         path = workdir / ID_FILE

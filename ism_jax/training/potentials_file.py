@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import json
-from pathlib import Path
 import time
 from typing import Any
 import zipfile
@@ -10,7 +9,7 @@ import zipfile
 import jax
 import numpy as np
 
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 NAME = 'potentials.npz'
 _POLL_SECONDS = 0.5
@@ -34,7 +33,7 @@ def load_or_learn(
       learn: returns potentials and a report, see `semidiscrete.fit_potentials`.
       log: called with a line of text.
     """
-    path = Path(workdir) / NAME
+    path = paths.to_path(workdir) / NAME
     while (potentials := _read(path, settings, log)) is None:
         if jax.process_index():
             time.sleep(_POLL_SECONDS)
@@ -53,10 +52,10 @@ def load_or_learn(
     return potentials
 
 
-def _read(path: Path, settings: dict[str, Any], log) -> np.ndarray | None:
+def _read(path: paths.Path, settings: dict[str, Any], log) -> np.ndarray | None:
     """The potentials in a file; None if missing, damaged or for other settings."""
     try:
-        with np.load(path) as content:
+        with files.open_npz(path) as content:
             if json.loads(str(content['settings'])) == settings:
                 return content['potentials']
     except FileNotFoundError:

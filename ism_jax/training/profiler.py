@@ -1,10 +1,14 @@
 """Traces of training steps, for xprof and TensorBoard's profile plugin."""
 
 import contextlib
-from pathlib import Path
+import pathlib
 import re
+import shutil
+import tempfile
 
 import jax
+
+from ism_jax.runtime import paths
 
 STEP_NAME = 'train'  # The name that xprof's documentation gives steps.
 
@@ -13,7 +17,8 @@ class Profiler:
     """Writes one trace of some training steps, each with its number.
 
     Args:
-      folder: the trace is written below it, in `plugins/profile`.
+      folder: the trace is written below it, in `plugins/profile`; a bucket gets it when
+        it is complete.
       text: 'FROM:TO' for the steps after step FROM, up to step TO, as logs count them;
         '' for none. The steps before the one at which a run resumes are left out.
       num_steps: number of training steps.
@@ -22,7 +27,7 @@ class Profiler:
       ValueError: not two numbers with 0 <= FROM < TO <= `num_steps`.
     """
 
-    def __init__(self, folder: Path, text: str, num_steps: int):
+    def __init__(self, folder: paths.Path, text: str, num_steps: int):
         self._folder = folder
         self._running = False
         match = re.fullmatch(r'(\d+):(\d+)', text)
@@ -39,7 +44,10 @@ class Profiler:
         if number not in self._steps:
             return contextlib.nullcontext()
         if not self._running:
-            jax.profiler.start_trace(self._folder)
+            self._local = self._folder
+            if paths.is_bucket(self._folder):
+                self._local = pathlib.Path(tempfile.mkdtemp())
+            jax.profiler.start_trace(self._local)
             self._running = True
         return jax.profiler.StepTraceAnnotation(STEP_NAME, step_num=number)
 
@@ -54,3 +62,7 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if paths.is_bucket(self._folder):
+                for name in paths.files_below(self._local):
+                    paths.upload(self._local / name, self._folder / name)
+                shutil.rmtree(self._local)

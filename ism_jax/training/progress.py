@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import contextlib
-from pathlib import Path
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
+from ism_jax.runtime import paths
 from ism_jax.sampling import image_grid
 
 
@@ -37,7 +37,7 @@ class Progress:
         num_steps: int,
         first_step: int,
     ):
-        self._workdir = Path(workdir)
+        self._workdir = paths.to_path(workdir)
         self._writers = writers
         self._batch_size = batch_size
         self._num_steps = num_steps

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 ID_FILE = 'wandb_run.txt'
 
@@ -19,14 +18,14 @@ class WandbRun:
     else. Charts have the training step as their axis.
 
     Args:
-      workdir: folder of the run; W&B's files are in its `wandb`, the run's id in
-        `wandb_run.txt`.
+      workdir: folder of the run; W&B's files are in its `wandb`, or in that of the
+        current folder if it is in a bucket, and the run's id in its `wandb_run.txt`.
 
     Raises:
       ValueError: W&B cannot start a run.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: paths.Path):
         import wandb
 
         path = workdir / ID_FILE
@@ -34,7 +33,7 @@ class WandbRun:
             self._run = wandb.init(
                 project=os.environ.get('WANDB_PROJECT', 'ism_jax'),
                 name=workdir.name,
-                dir=workdir,
+                dir=None if paths.is_bucket(workdir) else workdir,
                 id=path.read_text() if path.exists() else None,
                 resume='allow',
             )

@@ -10,12 +10,11 @@ All have the same methods; each is imported only when a run names it:
 
 import importlib
 import importlib.util
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from ism_jax.runtime import provenance
+from ism_jax.runtime import paths, provenance
 
 
 class _Kind(NamedTuple):
@@ -50,7 +49,7 @@ def missing_distribution(name: str) -> str | None:
     return None if spec is not None and spec.origin else kind.distribution
 
 
-def open_writers(text: str, workdir: Path, config: dict[str, Any]) -> list[Any]:
+def open_writers(text: str, workdir, config: dict[str, Any]) -> list[Any]:
     """Opens writers on the first process; the others have none.
 
     Args:
@@ -66,6 +65,6 @@ def open_writers(text: str, workdir: Path, config: dict[str, Any]) -> list[Any]:
     opened = []
     for name in names_in(text):
         module = importlib.import_module(f'ism_jax.training.{KINDS[name].module}')
-        opened.append(getattr(module, KINDS[name].writer)(Path(workdir)))
+        opened.append(getattr(module, KINDS[name].writer)(paths.to_path(workdir)))
         opened[-1].settings(config, provenance.commit())
     return opened

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ism_jax import config as config_lib
-from ism_jax.runtime import files
+from ism_jax.runtime import paths
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ CONFIG = '--config=configs/quickstart.py'
         ((CONFIG, '--config.train.batch_size=20'), 'train.batch_size = 20'),
         ((CONFIG, '--wrkdir=x'), "Unknown command line flag 'wrkdir'"),
         ((CONFIG, 'x'), "'x' is not a flag"),
-        ((CONFIG, '--workdir=gs://bucket/a'), '--workdir gs://bucket/a is a URL'),
+        ((CONFIG, '--workdir=s3://bucket/a'), '--workdir s3://bucket/a is a URL'),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path):
@@ -77,12 +77,12 @@ def test_help_on_the_config_lists_every_field_with_its_value():
 @pytest.mark.parametrize('url', ['gs://bucket/a', 's3://b', 'https://x/y'])
 def test_urls_are_not_local_paths(url):
     with pytest.raises(ValueError, match=f'--out {url} is a URL'):
-        files.local_path(url, '--out')
+        paths.local_path(url, '--out')
     with pytest.raises(ValueError, match='is a URL'):
-        files.local_path(Path(url), '--out')
+        paths.local_path(Path(url), '--out')
 
 
 def test_local_paths_are_expanded():
-    assert files.local_path('~/a', '--out') == Path.home() / 'a'
-    assert files.local_path('/a/b:c/d', '--out') == Path('/a/b:c/d')
-    assert files.local_path('C:/a', '--out') == Path('C:/a')
+    assert paths.local_path('~/a', '--out') == Path.home() / 'a'
+    assert paths.local_path('/a/b:c/d', '--out') == Path('/a/b:c/d')
+    assert paths.local_path('C:/a', '--out') == Path('C:/a')
