@@ -18,8 +18,8 @@ class JsonLines:
 
     A line has `time` (seconds since 1970) and either `config` and `commit`, or `step`
     and scalars, or `step` and `picture`, a name in `grids/`. Values that are not finite
-    are null. A resumed run repeats the steps since its checkpoint. In a bucket there are
-    several files, `log.TIME.NUMBER.jsonl`, one after the other.
+    are null. A resumed run repeats the steps since its checkpoint. In a bucket, there
+    are several files, `log.TIME.NUMBER.jsonl`, one after the other.
 
     Args:
       workdir: folder of the run.
