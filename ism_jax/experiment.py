@@ -79,10 +79,11 @@ class Experiment:
 
     @functools.cached_property
     def model(self) -> sit.SiT:
-        """The network; on a mesh of devices its activations are split over it."""
+        """The network; on a mesh of devices its batch is split over it."""
         # A plan has an abstract mesh.
         mesh = self.mesh if isinstance(self.mesh, jax.sharding.Mesh) else None
-        return make_model(self.config, self.num_classes, mesh)
+        split = sharding.BatchSharding(mesh)
+        return make_model(self.config, self.num_classes, batch_sharding=split)
 
     def apply(self, params, *inputs, **options) -> jax.Array:
         """The network as a function of its parameters and the inputs of `SiT`."""
@@ -385,11 +386,11 @@ def make_source(config) -> Source:
     )
 
 
-def make_model(config, num_classes: int, mesh=None) -> sit.SiT:
-    """The network that the config describes; its activations are split over `mesh`."""
-    options = config.model.to_dict()
+def make_model(config, num_classes: int, **options) -> sit.SiT:
+    """The network that the config describes; `options` are other attributes of it."""
+    options |= config.model.to_dict()
     backbone = BACKBONES[options.pop('backbone')]
-    return backbone(num_classes=num_classes, mesh=mesh, **options)
+    return backbone(num_classes=num_classes, **options)
 
 
 def pool_shardings(mesh) -> paired_pool.Pool:

@@ -11,6 +11,7 @@ Difference from the official code: the time tokens embed t as well as d. As in `
 the embeddings of d, w and the interval vanish at d = 0 and w = 0.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -20,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.models import sit
-from ism_jax.runtime import sharding
+from ism_jax.models.linear import Linear
+from ism_jax.runtime.sharding import BatchSharding
 
 # Tokens of each condition, as in the paper.
 CLASS_TOKENS, GUIDANCE_TOKENS, TIME_TOKENS, INTERVAL_TOKENS = 8, 4, 4, 2
 ROTARY_BASE = 10_000.0
-# Standard deviation of the initial kernels, in units of 1 / sqrt(inputs).
-KERNEL_STD = 0.32
+# Standard deviation of the initial kernels: 0.32 / sqrt(inputs).
+KERNEL_INIT = nn.initializers.variance_scaling(0.32**2, 'fan_in', 'normal')
 
 
 def rotations(num_tokens: int, head_width: int) -> np.ndarray:
@@ -47,12 +49,6 @@ def _norm(name):
     return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
 
 
-def _dense(features, name, dtype):
-    """A linear layer without bias."""
-    init = nn.initializers.variance_scaling(KERNEL_STD**2, 'fan_in', 'normal')
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
-
-
 class Block(nn.Module):
     """Self-attention and SwiGLU, each with a learned gate."""
 
@@ -60,19 +56,26 @@ class Block(nn.Module):
     mlp_ratio: float
     dtype: Any
     attention: str
-    mesh: jax.sharding.Mesh | None
+    batch_sharding: BatchSharding
 
     @nn.compact
     def __call__(self, x, angles):
-        x = sharding.constrain_batch(x, self.mesh)
+        x = self.batch_sharding.constrain(x)
         batch, tokens, width = x.shape
+        layer = functools.partial(
+            Linear,
+            dtype=self.dtype,
+            kernel_init=KERNEL_INIT,
+            use_bias=False,
+            batch_sharding=self.batch_sharding,
+        )
 
         def gated(name, branch):
             gate = self.param(name, nn.initializers.zeros, (width,))
             return branch * gate[None, None].astype(self.dtype)
 
         h = _norm('attention_norm')(x).astype(self.dtype)
-        qkv = _dense(3 * width, 'qkv', self.dtype)(h)
+        qkv = layer(3 * width, name='qkv')(h)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key = (
             rotate(_norm(name)(qkv[:, :, i]), angles).astype(self.dtype)
@@ -84,12 +87,12 @@ class Block(nn.Module):
             qkv[:, :, 2],
             implementation=sit.ATTENTION_IMPLEMENTATIONS[self.attention],
         )
-        h = _dense(width, 'projection', self.dtype)(h.reshape(batch, tokens, width))
+        h = layer(width, name='projection')(h.reshape(batch, tokens, width))
         x = x + gated('attention_gate', h)
         h = _norm('mlp_norm')(x).astype(self.dtype)
         hidden = int(self.mlp_ratio * width)
-        gate, value = jnp.split(_dense(2 * hidden, 'mlp_in', self.dtype)(h), 2, axis=-1)
-        h = _dense(width, 'mlp_out', self.dtype)(nn.silu(gate) * value)
+        gate, value = jnp.split(layer(2 * hidden, name='mlp_in')(h), 2, axis=-1)
+        h = layer(width, name='mlp_out')(nn.silu(gate) * value)
         # nn.scan expects (carry, outputs to stack).
         return x + gated('mlp_gate', h), None
 

@@ -15,6 +15,7 @@ conditioning features and the output are float32.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -24,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.runtime import sharding
+from ism_jax.models.linear import PRODUCT, Linear
+from ism_jax.runtime.sharding import BatchSharding
 
 # Table 1 of SiT (the same as DiT's). The names of `PRESETS` add the patch size: 'XL/2'
 # is the network of the iSM paper's main table.
@@ -46,7 +48,7 @@ REMAT_POLICIES = {
     # the blocks, 'dots' also the products with parameters (attention is recomputed).
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 ATTENTION_IMPLEMENTATIONS = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
 
@@ -94,23 +96,6 @@ def position_embedding(hidden_size: int, side: int) -> np.ndarray:
     return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
-def _dense(features, name, dtype, kernel_init=None):
-    """A linear layer on the last axis, as a function of its input."""
-    kernel_init = kernel_init or nn.initializers.xavier_uniform()
-    dense = nn.Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
-
-    def apply(x):
-        # One 2-D product: with batch and tokens as two contracted axes, the gradient of
-        # the kernel takes three times as long on XLA's CPU backend.
-        return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
-
-    return apply
-
-
-def _zero_dense(features, name, dtype):
-    return _dense(features, name, dtype, kernel_init=nn.initializers.zeros)
-
-
 def _layer_norm(x, dtype):
     """Layer norm without affine parameters, in float32 for any compute dtype."""
     norm = nn.LayerNorm(
@@ -128,15 +113,17 @@ class ScalarEmbedding(nn.Module):
 
     hidden_size: int
     zero_init: bool = False
+    batch_sharding: BatchSharding = BatchSharding()
 
     @nn.compact
     def __call__(self, x):
         small = nn.initializers.normal(0.02)
-        x = _dense(self.hidden_size, 'hidden', jnp.float32, small)(
-            frequency_features(x)
-        )
         last = nn.initializers.zeros if self.zero_init else small
-        return _dense(self.hidden_size, 'out', jnp.float32, last)(nn.silu(x))
+        layer = functools.partial(
+            Linear, self.hidden_size, batch_sharding=self.batch_sharding
+        )
+        x = layer(kernel_init=small, name='hidden')(frequency_features(x))
+        return layer(kernel_init=last, name='out')(nn.silu(x))
 
 
 class Block(nn.Module):
@@ -146,18 +133,22 @@ class Block(nn.Module):
     mlp_ratio: float
     dtype: Any
     attention: str
-    mesh: jax.sharding.Mesh | None
+    batch_sharding: BatchSharding
 
     @nn.compact
     def __call__(self, x, condition):
-        x = sharding.constrain_batch(x, self.mesh)
+        x = self.batch_sharding.constrain(x)
         batch, tokens, width = x.shape
-        modulation = _zero_dense(6 * width, 'modulation', self.dtype)(condition)
+        layer = functools.partial(
+            Linear, dtype=self.dtype, batch_sharding=self.batch_sharding
+        )
+        zeros = nn.initializers.zeros
+        modulation = layer(6 * width, kernel_init=zeros, name='modulation')(condition)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(
             modulation, 6, axis=-1
         )
         h = _modulate(_layer_norm(x, self.dtype), shift_a, scale_a)
-        qkv = _dense(3 * width, 'qkv', self.dtype)(h)
+        qkv = layer(3 * width, name='qkv')(h)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         h = jax.nn.dot_product_attention(
             qkv[:, :, 0],
@@ -165,12 +156,12 @@ class Block(nn.Module):
             qkv[:, :, 2],
             implementation=ATTENTION_IMPLEMENTATIONS[self.attention],
         )
-        h = _dense(width, 'projection', self.dtype)(h.reshape(batch, tokens, width))
+        h = layer(width, name='projection')(h.reshape(batch, tokens, width))
         x = x + gate_a[:, None] * h
         h = _modulate(_layer_norm(x, self.dtype), shift_m, scale_m)
-        h = _dense(int(self.mlp_ratio * width), 'mlp_in', self.dtype)(h)
+        h = layer(int(self.mlp_ratio * width), name='mlp_in')(h)
         h = nn.gelu(h, approximate=True)
-        h = _dense(width, 'mlp_out', self.dtype)(h)
+        h = layer(width, name='mlp_out')(h)
         # nn.scan expects (carry, outputs to stack).
         return x + gate_m[:, None] * h, None
 
@@ -196,8 +187,7 @@ class SiT(nn.Module):
       interval_input: whether the network is conditioned on the guidance interval.
       velocity_head: number of last blocks that a second output, the velocity at t, does
         not share; 0 for no second output (improved MeanFlow, arXiv 2512.02012).
-      mesh: devices that the activations are split over; None leaves that to XLA. It
-        changes no value beyond rounding.
+      batch_sharding: devices that the batch is split over.
     """
 
     num_classes: int
@@ -215,7 +205,7 @@ class SiT(nn.Module):
     guidance_embedding: str = 'scale'
     interval_input: bool = False
     velocity_head: int = 0
-    mesh: jax.sharding.Mesh | None = None
+    batch_sharding: BatchSharding = BatchSharding()
     block = Block
 
     @nn.compact
@@ -237,13 +227,12 @@ class SiT(nn.Module):
         """
         shape = batch, side, _, channels = x.shape
         chex.assert_shape(x, (batch, side, side, channels))
-        dtype = jnp.dtype(self.dtype)
         grid, patch = side // self.patch_size, self.patch_size
 
         # A convolution with stride = kernel = patch, written as a matrix product.
         x = x.reshape(batch, grid, patch, grid, patch, channels)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid**2, patch**2 * channels)
-        x = _dense(self.hidden_size, 'patch_embedding', dtype)(x.astype(dtype))
+        x = self._linear(self.hidden_size, 'patch_embedding')(x)
         x, condition = self._embed(x, t, d, w, label, interval)
 
         shared = self.depth - self.velocity_head
@@ -262,8 +251,17 @@ class SiT(nn.Module):
         side = math.isqrt(x.shape[1])
         x = x + position_embedding(self.hidden_size, side)[None].astype(dtype)
         condition = self._condition(t, d, w, label, interval)
-        condition = sharding.constrain_batch(condition, self.mesh)
+        condition = self.batch_sharding.constrain(condition)
         return x, nn.silu(condition).astype(dtype)
+
+    def _linear(self, features, name, **options):
+        options |= dict(dtype=jnp.dtype(self.dtype), batch_sharding=self.batch_sharding)
+        return Linear(features, name=name, **options)
+
+    def _scalar_embedding(self, name, zero_init=False):
+        return ScalarEmbedding(
+            self.hidden_size, zero_init, self.batch_sharding, name=name
+        )
 
     def _stack(self, name, length):
         """`length` blocks as a function of tokens and condition."""
@@ -283,7 +281,7 @@ class SiT(nn.Module):
             self.mlp_ratio,
             jnp.dtype(self.dtype),
             self.attention,
-            self.mesh,
+            self.batch_sharding,
             name=name,
         )
         return lambda x, condition: blocks(x, condition)[0]
@@ -291,7 +289,11 @@ class SiT(nn.Module):
     def _image(self, x, condition, name, shape):
         """The last layer: tokens to an image [B, H, H, C] float32."""
         dtype = jnp.dtype(self.dtype)
-        modulation = _zero_dense(2 * self.hidden_size, f'{name}_modulation', dtype)
+        modulation = self._linear(
+            2 * self.hidden_size,
+            f'{name}_modulation',
+            kernel_init=nn.initializers.zeros,
+        )
         shift, scale = jnp.split(modulation(condition), 2, axis=-1)
         x = _modulate(_layer_norm(x, dtype), shift, scale)
         return self._unpatch(x, name, shape)
@@ -300,7 +302,9 @@ class SiT(nn.Module):
         """A zero-initialised linear layer to patches, joined to an image."""
         batch, side, _, channels = shape
         grid, patch = side // self.patch_size, self.patch_size
-        x = _zero_dense(patch**2 * channels, name, jnp.dtype(self.dtype))(x)
+        x = self._linear(patch**2 * channels, name, kernel_init=nn.initializers.zeros)(
+            x
+        )
         x = x.reshape(batch, grid, grid, patch, patch, channels)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(shape).astype(jnp.float32)
 
@@ -322,15 +326,12 @@ class SiT(nn.Module):
         )(label)
 
     def _time(self, t):
-        embedding = ScalarEmbedding(self.hidden_size, name='time_embedding')
-        return embedding(t * self.time_scale)
+        return self._scalar_embedding('time_embedding')(t * self.time_scale)
 
     def _step(self, d):
         """Embedding of the step size, 0 where d = 0."""
         if self.step_embedding == 'size':
-            step = ScalarEmbedding(
-                self.hidden_size, zero_init=True, name='step_embedding'
-            )
+            step = self._scalar_embedding('step_embedding', zero_init=True)
             return d[:, None] * step(d * self.time_scale)
         # Row k is for d = 2^-k. A table instead of sinusoids: over so few levels most
         # sinusoids are constant, so their updates add up (to about a hundred learning
@@ -362,7 +363,7 @@ class SiT(nn.Module):
 
     def _guided_embedding(self, name, w, value):
         """Embedding of a value, times the guidance."""
-        embedding = ScalarEmbedding(self.hidden_size, zero_init=True, name=name)
+        embedding = self._scalar_embedding(name, zero_init=True)
         return self._strength(w)[:, None] * embedding(value * GUIDANCE_SCALE)
 
 

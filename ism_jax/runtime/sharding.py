@@ -1,13 +1,27 @@
 """Device meshes and shardings: axis `data` splits batches, `fsdp` also parameters.
 
-Batches are split over both axes. Parameters, optimizer state and EMA weights follow
-one rule on their shapes: the largest dimension that `fsdp` divides is split over
-`fsdp`, and small arrays are replicated.
+| arrays | sharding |
+|---|---|
+| parameters, optimizer state, both EMAs, gradients | `leaf_spec` of their shape |
+| pool | `POOL` |
+| batch, activations | `BATCH` |
+| weights while a layer uses them | a copy on each device: `BatchSharding.copies` |
+
+`leaf_spec` splits the largest dimension that `fsdp` divides over `fsdp`, and replicates
+small arrays.
+
+XLA's partitioner decides what is not stated. With sharded parameters it then gathers
+the activations and splits their features, which moves far more data than gathering the
+weights, and sums the gradients of bfloat16 products over devices in bfloat16. So the
+network states the sharding of each layer, through a `BatchSharding`.
 """
 
+import dataclasses
+import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -70,20 +84,74 @@ def tree_shardings(tree, mesh: jax.sharding.Mesh):
     )
 
 
-def constrain_batch(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
-    """Returns `x` [B, ...] with its batch split over the mesh, for use under jit.
+@dataclasses.dataclass(frozen=True)
+class BatchSharding:
+    """How a network splits its batch over devices, for use under jit.
 
-    With sharded parameters XLA's partitioner may otherwise gather the activations and
-    split their features, which moves far more data than gathering the parameters.
+    Where the devices do not divide a batch, such as that of an initialisation, the
+    sharding is left to XLA. It changes no value beyond rounding.
 
-    Args:
-      x: any array whose first axis is the batch.
-      mesh: `(data, fsdp)`; None for the identity. A batch that the mesh does not
-        divide, such as that of an initialisation, is left to the partitioner.
+    Attributes:
+      mesh: `(data, fsdp)`; None for one device.
+      axes: axes of the mesh that split the batch.
     """
-    if mesh is None or mesh.size == 1 or x.shape[0] % mesh.size:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+    mesh: jax.sharding.Mesh | None = None
+    axes: tuple[str, ...] = ('data', 'fsdp')
+
+    @property
+    def size(self) -> int:
+        """Number of devices that split a batch."""
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def splits(self, batch_size: int) -> bool:
+        """Whether a batch of this size is split over several devices."""
+        return self.size > 1 and batch_size % self.size == 0
+
+    def constrain(self, x: jax.Array) -> jax.Array:
+        """Returns `x` [B, ...] with its batch split over the devices."""
+        if not self.splits(x.shape[0]):
+            return x
+        return _constrain(x, self.mesh, P(self.axes))
+
+    def copies(self, weight: jax.Array, dtype) -> jax.Array:
+        """Returns a copy in `dtype` on each device that splits the batch, [N, ...].
+
+        A sharded weight is gathered in `dtype`. Its gradient is the sum over the copies
+        in float32: an all-reduce, and with `fsdp` a reduce-scatter where the compiler
+        has that (TPU and GPU; XLA's CPU backend reduces and then slices).
+
+        Args:
+          weight: float32, with the sharding of `leaf_spec`.
+          dtype: of the copies.
+        """
+        return _copies(weight, jnp.dtype(dtype), self)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copies(weight, dtype, split: BatchSharding):
+    gathered = _constrain(weight.astype(dtype), split.mesh, P())
+    copies = jnp.broadcast_to(gathered[None], (split.size, *weight.shape))
+    return _constrain(copies, split.mesh, P(split.axes))
+
+
+def _copies_forward(weight, dtype, split):
+    return _copies(weight, dtype, split), None
+
+
+def _copies_backward(dtype, split, _, cotangent):
+    gradient = cotangent.astype(jnp.float32).sum(0)
+    spec = leaf_spec(gradient.shape, split.mesh.shape['fsdp'])
+    return (_constrain(gradient, split.mesh, spec),)
+
+
+_copies.defvjp(_copies_forward, _copies_backward)
+
+
+def _constrain(x, mesh, spec):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

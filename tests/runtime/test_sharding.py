@@ -1,16 +1,17 @@
-"""Meshes, how arrays are split over them, and the compiled step."""
+"""Meshes, how arrays are split over them, and the collectives of compiled programs."""
 
-import re
+import functools
+import math
 import types
 
+from collectives import collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ism_jax import config as config_lib
-from ism_jax import experiment
-from ism_jax.models import sit
+from ism_jax import cost, experiment, objectives
 from ism_jax.runtime import sharding
 from ism_jax.training import paired_pool
 
@@ -32,38 +33,158 @@ def test_small_arrays_are_replicated_and_large_ones_split():
 
 @pytest.mark.parametrize('batch,split', [(16, True), (12, False), (1, False)])
 def test_batches_are_constrained_where_the_mesh_divides_them(batch, split):
-    mesh = sharding.make_mesh(2, 4)
     x = jnp.zeros((batch, 3))
-    constrained = jax.jit(lambda x: sharding.constrain_batch(x, mesh))(x)
-    assert constrained.sharding.is_fully_replicated != split
-    assert sharding.constrain_batch(x, None) is x
+    constrain = sharding.BatchSharding(sharding.make_mesh(2, 4)).constrain
+    assert jax.jit(constrain)(x).sharding.is_fully_replicated != split
     one_device = sharding.make_mesh(devices=jax.devices()[:1])
-    assert sharding.constrain_batch(x, one_device) is x
+    for mesh in (None, one_device):
+        assert sharding.BatchSharding(mesh).constrain(x) is x
 
 
-def _compiled_step():
-    """The compiled train step of B/2 with two blocks, batch 64, on a (2, 4) mesh."""
-    config = config_lib.with_argument(config_lib.default(), 'flow_matching')
-    config.model.update(sit.preset('B/2') | {'depth': 2})
-    config.data.update(image_size=32, channels=4)
-    config.train.update(batch_size=64)
-    shape = (32, 32, 4)
-    parts = experiment.Experiment(
-        config, mesh=sharding.make_mesh(2, 4), num_classes=4, image_shape=shape
-    )
-    state = jax.eval_shape(lambda: parts.init_state()[0])
+def test_copies_of_a_weight_add_their_gradients_in_float32():
+    """In bfloat16 the sum 256 + 1 + ... + 1 would stay 256."""
+    split = sharding.BatchSharding(sharding.make_mesh(2, 4))
+    weight = jnp.ones((64, 128))
+
+    def loss(weight):
+        copies = split.copies(weight, 'bfloat16')
+        assert copies.shape == (8, 64, 128) and copies.dtype == jnp.bfloat16
+        scale = jnp.array([256.0, *[1.0] * 7]).reshape(8, 1, 1)
+        return (copies * scale.astype(copies.dtype)).astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(loss))(weight)
+    np.testing.assert_array_equal(gradient, 263.0)
+    assert gradient.sharding.spec == sharding.leaf_spec((64, 128), 4)
+
+
+BATCH, SIDE, TOKENS = 32, 16, 64
+MESHES = [(2, 4), *(pytest.param(*m, marks=pytest.mark.slow) for m in ((8, 1), (1, 8)))]
+
+
+def _experiment(data, fsdp, objective='flow_matching', accumulate=1, **model):
+    """A deep network on a mesh of eight devices."""
+    config = config_lib.default()
+    config_lib.use_objective(config, objective)
+    config.transport.enabled = config.wavelet.enabled = False
+    config.model.update(dict(hidden_size=64, depth=6, num_heads=1) | model)
+    config.train.update(batch_size=BATCH * accumulate, accumulate=accumulate)
+    mesh = sharding.make_mesh(data, fsdp)
+    shape = (SIDE, SIDE, 4)
+    return experiment.Experiment(config, mesh=mesh, num_classes=4, image_shape=shape)
+
+
+@functools.cache
+def _compiled_step(data, fsdp, objective='flow_matching', accumulate=1, **model):
+    parts = _experiment(data, fsdp, objective, accumulate, **model)
+    size = parts.config.train.batch_size
     pool = paired_pool.Pool(
-        jax.ShapeDtypeStruct((1, 64, *shape), jnp.float32),
-        jax.ShapeDtypeStruct((1, 64), jnp.int32),
-        jax.ShapeDtypeStruct((1, 64), jnp.int32),
+        jax.ShapeDtypeStruct((1, size, *parts.image_shape), jnp.float32),
+        jax.ShapeDtypeStruct((1, size), jnp.int32),
+        jax.ShapeDtypeStruct((1, size), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
+    state = jax.eval_shape(lambda: parts.init_state()[0])
     shardings = sharding.tree_shardings(state, parts.mesh)
     step = parts.compile_train_step(shardings)
-    return step.lower(state, pool, jax.random.key(0)).compile().as_text()
+    return step.lower(state, pool, jax.random.key(0)).compile(), state
 
 
-def test_attention_is_split_over_all_devices():
-    """Without `constrain_batch` its scores have batch 32: only `data` splits them."""
-    scores = re.findall(r'\[(\d+),12,256,256\]\S* dot\(', _compiled_step())
-    assert set(scores) == {'8'}
+def _split_bytes(found, params):
+    """Bytes of collectives of parameters and gradients, and of all others.
+
+    A parameter is recognised by its shape, and the activations of one device by the
+    number of tokens.
+    """
+    shapes = set()
+    for leaf in jax.tree.leaves(params):
+        shapes |= {leaf.shape, leaf.shape[1:]}
+    sizes = {math.prod(shape) for shape in shapes}
+    total = {True: 0, False: 0}
+    for one in found:
+        total[math.prod(one.shape) in sizes] += one.bytes
+    return total[True], total[False]
+
+
+def _check(found, params, passes):
+    """No activation moves, and each gradient is reduced once.
+
+    Args:
+      found: collectives of a step.
+      params: shapes of the parameters.
+      passes: how often the network runs, forward and backward.
+    """
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    reduced = [one for one in found if one.kind in ('all-reduce', 'reduce-scatter')]
+    gathered = [one for one in found if one.kind == 'all-gather']
+    others = [one for one in found if one not in reduced + gathered]
+    gradients, scalars = _split_bytes(reduced, params)
+    assert 0.9 * size < gradients + scalars < 1.02 * size
+    weights, activations = _split_bytes(gathered, params)
+    assert weights < 1.02 * passes * size
+    # Conditions and labels, [B] and [B, width]; the tokens are [B, 64, width].
+    assert activations < 0.05 * size and sum(one.bytes for one in others) < 0.05 * size
+
+
+@pytest.mark.parametrize('data,fsdp', MESHES)
+def test_a_step_gathers_weights_and_reduces_each_gradient_once(data, fsdp):
+    step, state = _compiled_step(data, fsdp)
+    found = collectives(step.as_text())
+    _check(found, state.params, passes=2)
+    assert any(one.kind == 'all-gather' for one in found) == (fsdp > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', objectives.names())
+def test_no_objective_moves_activations(name):
+    step, state = _compiled_step(2, 4, name, num_heads=2)
+    _check(collectives(step.as_text()), state.params, passes=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_no_remat_policy_moves_activations(remat):
+    step, state = _compiled_step(2, 4, remat=remat)
+    _check(collectives(step.as_text()), state.params, passes=3)
+
+
+def test_the_state_takes_the_memory_that_the_plan_predicts():
+    step, state = _compiled_step(2, 4)
+    mesh = sharding.make_mesh(2, 4)
+    pool = BATCH * (SIDE**2 * 4 + 2) * 4 // mesh.size
+    predicted = cost.tree_bytes(state, mesh) + pool
+    memory = step.memory_analysis().argument_size_in_bytes
+    assert memory == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.slow
+def test_fsdp_keeps_no_gathered_weights():
+    """Its workspace has a part of the gradient, and no copy of all weights."""
+    (split, state), (whole, _) = _compiled_step(2, 4), _compiled_step(8, 1)
+    saved = (
+        whole.memory_analysis().temp_size_in_bytes
+        - split.memory_analysis().temp_size_in_bytes
+    )
+    assert saved > 0.5 * 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_sampler_moves_weights_alone():
+    parts = _experiment(2, 4)
+    sampler = parts.make_sampler(BATCH)
+    params = jax.eval_shape(lambda: parts.init_state()[0].params)
+    shardings = sharding.tree_shardings(params, parts.mesh)
+    split = jax.sharding.NamedSharding(parts.mesh, sharding.BATCH)
+    given = functools.partial(jax.ShapeDtypeStruct, sharding=split)
+    params = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where
+        ),
+        params,
+        shardings,
+    )
+    inputs = [given((BATCH,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
+    schedule = [np.zeros(size, np.float32) for size in (2, 4, 4)]
+    key = jax.device_put(jax.random.key(0), sharding.replicated(parts.mesh))
+    text = sampler._sample.lower(params, key, *inputs, *schedule).compile().as_text()
+    found = collectives(text)
+    weights, others = _split_bytes(found, params)
+    assert weights > 0 and others < 0.05 * weights

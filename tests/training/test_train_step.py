@@ -51,11 +51,10 @@ def _setup(tx=None, *, mesh=None, twin=True, objective=None, distance=None, **op
         twin_ema=twin,
     )
     whole = sharding.replicated(mesh)
+    model = MODEL.clone(batch_sharding=sharding.BatchSharding(mesh))
     step = functools.partial(
         train_step.train_step,
-        apply=lambda params, *inputs: MODEL.clone(mesh=mesh).apply(
-            {'params': params}, *inputs
-        ),
+        apply=lambda params, *inputs: model.apply({'params': params}, *inputs),
         objective=objective or ism.Objective(num_classes=4),
         distance=distance or loss_distance.squared_error,
         tx=tx,
