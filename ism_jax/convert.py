@@ -1,4 +1,4 @@
-r"""Converts checkpoints of other projects, and exports our runs, to portable folders.
+r"""Converts checkpoints of other projects, and our runs for others.
 
     python -m ism_jax.convert sit --checkpoint SiT-XL-2-256x256.pt --out nets/sit
     python -m ism_jax.convert dit --checkpoint DiT-XL-2-256x256.pt --out nets/dit
@@ -6,7 +6,7 @@ r"""Converts checkpoints of other projects, and exports our runs, to portable fo
         --image_size 32 --out nets/shortcut
     python -m ism_jax.convert export --workdir runs/quickstart --out nets/mine
 
-Each command writes a folder with `model.safetensors` and `config.json`, described in
+Each of these writes a folder with `model.safetensors` and `config.json`, described in
 `ism_jax.interchange.exported_network`. `ism_jax.sample` and `ism_jax.evaluate` accept
 the folder as their `--workdir`, and training can start from it:
 
@@ -18,6 +18,20 @@ networks that compute the same function up to rounding. So does `dit`, but DiT p
 noise instead of a velocity, so the result can only initialise training. See
 `official_sit`, `official_dit` and `official_shortcut` in `ism_jax.interchange`. The
 official networks take latents of sd-vae-ft times 0.18215.
+
+Two commands write a run for programs without this package:
+
+    python -m ism_jax.convert torch --workdir runs/quickstart --out nets/torch
+    python -m ism_jax.convert torch --workdir runs/quickstart --steps 4 \
+        --guidance 1.5 --out nets/sit.pt
+    python -m ism_jax.convert stablehlo --workdir runs/quickstart --steps 4 \
+        --out nets/sampler.bin
+
+`torch` writes the network's weights and one module of PyTorch, which samples with any
+steps and guidance scale. With `--steps` it writes the state dict of an official SiT
+(`.pt` or `.safetensors`) for that number of steps and that guidance scale alone.
+`stablehlo` writes a sampler for one number of steps, with its weights, that JAX runs on
+a CPU, GPU or TPU at any batch size and guidance scale.
 
 Checkpoints are `.safetensors` files, or `.pt` files that PyTorch reads with
 `weights_only`. If a file holds several trees, the EMA (`ema`) is used. Files that could
@@ -42,7 +56,7 @@ from pathlib import Path
 from absl import flags
 
 from ism_jax import config as config_lib
-from ism_jax import config_check, trained_network
+from ism_jax import config_check, sharing, trained_network
 from ism_jax.interchange import (
     converted_network,
     exported_network,
@@ -186,8 +200,9 @@ def _resolved_config(
     return config_lib.to_dict(config)
 
 
-# Function and flags of each command; the first flag is the source.
-COMMANDS = {
+# Function and flags of the commands that write a network of ours; the first flag is the
+# source.
+NETWORKS = {
     'sit': (convert_sit, ('checkpoint', 'num_heads')),
     'dit': (convert_dit, ('checkpoint', 'num_heads')),
     'shortcut': (
@@ -196,7 +211,22 @@ COMMANDS = {
     ),
     'export': (export, ('workdir', 'step')),
 }
-REQUIRED = ('checkpoint', 'image_size', 'workdir')
+# The same of the commands that write a run for others, and say what they wrote.
+SHARING = {
+    'torch': (
+        sharing.write_torch,
+        ('workdir', 'out', 'step', 'steps', 'guidance', 'interval'),
+    ),
+    'stablehlo': (
+        sharing.write_stablehlo,
+        ('workdir', 'out', 'step', 'steps', 'interval'),
+    ),
+}
+COMMANDS = {
+    **{name: (function, (*f, 'out')) for name, (function, f) in NETWORKS.items()},
+    **SHARING,
+}
+REQUIRED = ('checkpoint', 'image_size', 'workdir', 'out')
 
 
 def run(command: str, source, out, **options) -> None:
@@ -205,7 +235,7 @@ def run(command: str, source, out, **options) -> None:
     `source` is a checkpoint or the folder of a run, and `options` are those of the
     command's function.
     """
-    function, _ = COMMANDS[command]
+    function, _ = NETWORKS[command]
     network = function(source, **options)
     write(out, network)
     print(f'wrote {network.origin}, which predicts {network.predicts}, to {out}/')
@@ -224,16 +254,23 @@ def run_command(command: str) -> None:
     foreign = sorted(name for name in known.difference(names) if FLAGS[name].present)
     if foreign:
         raise ValueError(
-            f'--{foreign[0]} is not a flag of {command}, which takes --out and '
+            f'--{foreign[0]} is not a flag of {command}, which takes '
             + ', '.join(f'--{name}' for name in names)
         )
     missing = [n for n in names if n in REQUIRED and FLAGS[n].value is None]
     if missing:
         raise ValueError(f'{command} needs --{missing[0]}; --help shows examples')
-    source, *options = names
-    values = {name: FLAGS[name].value for name in options}
-    out = paths.from_user(FLAGS.out, '--out')
-    run(command, FLAGS[source].value, out, **values)
+    values = {name: FLAGS[name].value for name in names if FLAGS[name].present}
+    if 'out' in values:
+        values['out'] = paths.from_user(values['out'], '--out')
+    if 'workdir' in values:
+        values['workdir'] = paths.from_user(values['workdir'], '--workdir')
+    if 'interval' in values:
+        values['interval'] = command_line.parse_numbers(values['interval'], float)
+    if command in SHARING:
+        print(*SHARING[command][0](**values), sep='\n')
+    else:
+        run(command, values.pop(names[0]), **values)
 
 
 if __name__ == '__main__':
@@ -246,8 +283,13 @@ if __name__ == '__main__':
     flags.DEFINE_integer('base_steps', 128, 'denoise_timesteps of the shortcut model.')
     flags.DEFINE_float(
         'guidance',
-        0.5,
-        'Guidance scale w of its targets: its cfg_scale - 1; 0 without bootstrap_cfg.',
+        None,
+        'Guidance scale w: of the official SiT that is written, or of the targets of '
+        'the shortcut model, its cfg_scale - 1 (default 0.5; 0 without bootstrap_cfg).',
     )
-    flags.DEFINE_string('out', None, 'Folder to write to.', required=True)
+    flags.DEFINE_integer('steps', None, 'Number of sampling steps.')
+    flags.DEFINE_string(
+        'interval', '', 'Start and end time of guidance, as 0.3,1, if it is an input.'
+    )
+    flags.DEFINE_string('out', None, 'Folder or file to write.')
     command_line.run(run_command, commands=tuple(COMMANDS))

@@ -303,17 +303,21 @@ class Experiment:
         Args:
           batch_size: samples made at once; by default `sample.batch_size`.
         """
-        data, decode = self.config.data, None
-        if data.autoencoder:
-            decode = autoencoder_weights.make_decoder(
-                data.autoencoder, self.mesh, data.latent_mean, data.latent_std
-            )
         return Sampler(
             self.objective,
             self.apply,
             self.image_shape,
             batch_size=batch_size or self.config.sample.batch_size,
-            decode=decode,
+            decode=self.make_decoder(),
+        )
+
+    def make_decoder(self):
+        """The function from latents to images; None if there is no autoencoder."""
+        data = self.config.data
+        if not data.autoencoder:
+            return None
+        return autoencoder_weights.make_decoder(
+            data.autoencoder, self.mesh, data.latent_mean, data.latent_std
         )
 
     def make_scorer(self, sampler: Sampler, cache_dir, log) -> SampleScorer | None:

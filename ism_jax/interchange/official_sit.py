@@ -1,4 +1,4 @@
-"""Converts checkpoints of the official SiT code (github.com/willisma/SiT).
+"""Converts to and from the official SiT code (github.com/willisma/SiT).
 
 The converted network computes the same function. Times run from noise at 0 to data at 1
 and enter the sinusoids unscaled (`time_scale` 1), and the output is the velocity
@@ -87,6 +87,49 @@ def from_tensors(
         'final': jax.tree.map(velocity_channels, linear('final_layer.linear')),
     }
     return converted._replace(params=params)
+
+
+def to_tensors(
+    params: Mapping[str, Any], patch_size: int, image_shape: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+    """The state dict of an official SiT without `learn_sigma`; inverts `from_tensors`.
+
+    The embeddings of d, w and the interval are left out: at d = 0, w = 0 they have no
+    effect, and `torch_network.fold` moves them into the class embeddings.
+
+    Args:
+      params: parameters of a `sit.SiT`. Its time enters the official network times
+        `time_scale`.
+      patch_size: side of a patch.
+      image_shape: (H, W, C).
+    """
+    params = jax.tree.map(np.asarray, params)
+    channels = image_shape[-1]
+
+    def linear(name, layer):
+        return {f'{name}.weight': layer['kernel'].T, f'{name}.bias': layer['bias']}
+
+    patches = params['patch_embedding']['kernel']
+    width = patches.shape[-1]
+    patches = patches.reshape(patch_size, patch_size, channels, width)
+    tensors = {
+        'pos_embed': sit.position_embedding(width, image_shape[0] // patch_size)[None],
+        'x_embedder.proj.weight': patches.transpose(3, 2, 0, 1),
+        'x_embedder.proj.bias': params['patch_embedding']['bias'],
+        **linear('t_embedder.mlp.0', params['time_embedding']['hidden']),
+        **linear('t_embedder.mlp.2', params['time_embedding']['out']),
+        'y_embedder.embedding_table.weight': params['class_embedding']['embedding'],
+        **linear('final_layer.linear', params['final']),
+        **linear('final_layer.adaLN_modulation.1', params['final_modulation']),
+    }
+    # With a velocity head the last blocks of the mean velocity are another stack.
+    stacks = [params[name] for name in ('blocks', 'mean_blocks') if name in params]
+    blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *stacks)
+    for ours, theirs in _BLOCK_LAYERS.items():
+        for i, kernel in enumerate(blocks[ours]['kernel']):
+            layer = {'kernel': kernel, 'bias': blocks[ours]['bias'][i]}
+            tensors |= linear(f'blocks.{i}.{theirs}', layer)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
 
 def _read_shapes(

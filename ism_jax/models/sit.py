@@ -367,6 +367,21 @@ class SiT(nn.Module):
         return self._strength(w)[:, None] * embedding(value * GUIDANCE_SCALE)
 
 
+class StepAndGuidance(SiT):
+    """The part of a SiT's condition that depends on d, w and the interval alone.
+
+    Attributes and parameters are those of `SiT`.
+    """
+
+    @nn.compact
+    def __call__(self, d, w, interval=None):
+        """Sum of these embeddings, [B, hidden_size]; arguments as in `SiT`."""
+        condition = self._step(d) + self._guidance(w)
+        if self.interval_input:
+            condition += sum(self._interval(w, interval))
+        return condition
+
+
 def num_parameters(model: SiT, image_shape: tuple[int, int, int]) -> int:
     """Number of parameters for images [H, W, C], without allocating any."""
     params = abstract_params(model, image_shape)

@@ -62,9 +62,18 @@ class BaseObjective(abc.ABC):
 
     def velocity(self, apply, params, x, t, d, w, label) -> jax.Array:
         """Mean velocity over the step from t to t + d, which the sampler integrates."""
-        if self.dyadic:
-            d = time_grid.embedded_step(d, self.base_steps)
-        return apply(params, x, t, d, w, label)
+        return apply(params, x, t, *self.step_condition(d, w), label)
+
+    def step_condition(self, d, w) -> tuple | None:
+        """The d and w that the network is conditioned on in a step of size d.
+
+        None if the step is not x + d s(x, t, c, d, w) with one network call, as with
+        classifier-free guidance. Such a sampler cannot be written without the method.
+
+        Args:
+          d, w: step size and guidance scale, numbers or [B].
+        """
+        return (time_grid.embedded_step(d, self.base_steps) if self.dyadic else d), w
 
     def sample(self, apply, params, noise, label, w, times, steps, key) -> jax.Array:
         """Data from noise, by x_{t+d} = x_t + d velocity(x_t, t, d) along a schedule.

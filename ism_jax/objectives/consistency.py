@@ -107,6 +107,9 @@ class Objective(BaseObjective):
         first = (1 - self.start_time) * noise
         return self.restart(jump, first, label, times, steps, key)
 
+    def step_condition(self, d, w):
+        return None  # Each step jumps to the data.
+
     @property
     def start_time(self) -> float:
         return 1 / (1 + self.sigma_max)

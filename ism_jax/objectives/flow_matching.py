@@ -50,6 +50,9 @@ class Objective(BaseObjective):
             apply, params, x, t, zeros, label, w, self.num_classes
         )
 
+    def step_condition(self, d, w):
+        return None if w else (0.0, 0.0)
+
     @property
     def guidance_range(self) -> tuple[float, float]:
         return 0.0, math.inf if self.label_dropout else 0.0

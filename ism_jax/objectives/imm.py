@@ -136,6 +136,9 @@ class Objective(BaseObjective):
             self._scaled(apply), params, x, t, d, label, w, self.num_classes
         )
 
+    def step_condition(self, d, w):
+        return None  # The input of the network is scaled.
+
     def sample(self, apply, params, noise, label, w, times, steps, key):
         if self.sampler == 'pushforward':
             return super().sample(apply, params, noise, label, w, times, steps, key)

@@ -141,8 +141,8 @@ class Objective(BaseObjective):
             omega * velocity + (1 - omega - kappa) * unconditional + kappa * conditional
         )
 
-    def velocity(self, apply, params, x, t, d, w, label):
-        return apply(params, x, t, d, jnp.zeros_like(w), label)
+    def step_condition(self, d, w):
+        return d, 0.0 * w  # Guidance is a part of the targets.
 
     @property
     def batch_multiple(self) -> int:

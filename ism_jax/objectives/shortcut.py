@@ -127,14 +127,20 @@ class Objective(BaseObjective):
         )
 
     def velocity(self, apply, params, x, t, d, w, label):
-        plain = super().velocity
+        embedded = time_grid.embedded_step(d, self.base_steps)
+        plain = lambda: apply(params, x, t, embedded, jnp.zeros_like(w), label)
         if not self.guidance:
-            return plain(apply, params, x, t, d, w, label)
+            return plain()
         return jax.lax.cond(
             jnp.all(d < 1.5 / self.base_steps),
             lambda: self._guided(apply, params, x, t, d, w, label),
-            lambda: plain(apply, params, x, t, d, jnp.zeros_like(w), label),
+            plain,
         )
+
+    def step_condition(self, d, w):
+        if self.guidance and d < 1.5 / self.base_steps:
+            return None
+        return time_grid.embedded_step(d, self.base_steps), 0.0 * w
 
     @property
     def batch_multiple(self) -> int:
