@@ -374,7 +374,7 @@ def test_a_search_continues_after_an_interruption(search, tmp_path, monkeypatch)
     assert (tmp_path / 'search.md').read_text() == table
 
 
-def test_a_search_trains_and_scores(search, tmp_path, workdir, monkeypatch, one_device):
+def test_a_search_trains_and_scores(search, tmp_path, workdir, monkeypatch):
     """In this process and with data read once, because processes start slowly."""
     load = functools.cache(sources.make_source)
     monkeypatch.setattr(sources, 'make_source', load)

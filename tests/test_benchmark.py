@@ -34,7 +34,7 @@ def test_candidates_take_turns_and_the_first_calls_do_not_count():
     assert len(seconds['slow']) == 3 and min(seconds['slow']) >= 0.01
 
 
-def test_a_train_step_and_its_parts_are_timed(one_device):
+def test_a_train_step_and_its_parts_are_timed():
     config = _config('runlocal')
     config.sample.steps = (1,)
     measured = benchmark.measure(config, 2, ['ema.twin=False'])

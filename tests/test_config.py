@@ -99,9 +99,7 @@ def test_every_method_is_an_argument_of_a_config(name):
         _get_config(path, 'sm')
 
 
-def test_the_documented_objective_is_all_that_a_new_one_needs(
-    tmp_path, monkeypatch, one_device
-):
+def test_the_documented_objective_is_all_that_a_new_one_needs(tmp_path, monkeypatch):
     blocks = (ROOT / 'docs' / 'method.md').read_text().split('```python')[1:]
     (code,) = (b.split('```')[0] for b in blocks if '(BaseObjective)' in b)
     assert len(code.strip().splitlines()) <= 21

@@ -173,7 +173,6 @@ def test_the_command_line(tmp_path, small_run):
             text=True,
             cwd=ROOT,
             timeout=200,
-            env=os.environ | {'XLA_FLAGS': ''},
         )
 
     path, out = save(tmp_path / 'sit.safetensors', SIT), tmp_path / 'net'

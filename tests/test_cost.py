@@ -95,7 +95,7 @@ def test_steps_cost_the_passes_that_the_method_makes(name, passes):
 @pytest.mark.parametrize(
     'data, fsdp', [(2, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
 )
-def test_bytes_of_the_state_are_what_xla_reports(data, fsdp):
+def test_bytes_of_the_state_are_what_xla_reports(data, fsdp, eight_devices):
     config = _get_config('quickstart', 'runlocal')
     config.model.update(hidden_size=64, depth=3)
     config.mesh.update(data=data, fsdp=fsdp)

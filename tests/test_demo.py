@@ -155,7 +155,7 @@ def url(small_run):
             f'--port={port}',
         ],
         cwd=ROOT,
-        env=os.environ | {'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'},
+        env=os.environ | {'PYTHONUNBUFFERED': '1'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

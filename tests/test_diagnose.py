@@ -3,7 +3,6 @@
 import base64
 from html import parser
 import io
-import os
 from pathlib import Path
 import runpy
 import subprocess
@@ -25,9 +24,6 @@ FAULTS = (
     'Divergent self-consistency',
     'Curved trajectories',
 )
-
-
-pytestmark = pytest.mark.usefixtures('one_device')
 
 
 class _Page(parser.HTMLParser):
@@ -66,7 +62,7 @@ class _Page(parser.HTMLParser):
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory, one_device):
+def workdir(tmp_path_factory):
     config = runpy.run_path(ROOT / 'configs/quickstart.py')['get_config']('runlocal')
     config.scores.enabled = False
     config.model.update(hidden_size=16, depth=1, patch_size=16)
@@ -105,7 +101,7 @@ def test_the_command_writes_a_whole_report(workdir, tmp_path):
             sys.executable, '-m', 'ism_jax.diagnose', '--workdir', str(workdir),
             '--out', str(out), '--samples', '16',
         ],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''},
+        capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     page = _Page(out.read_text())

@@ -8,7 +8,6 @@ To execute it at full size and keep its outputs (needs nbconvert and ipywidgets)
 import base64
 import importlib.util
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ def executed(tmp_path_factory):
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources={'metadata': {'path': str(ROOT / 'launch')}}
     )
-    client.execute(env=os.environ | {'XLA_FLAGS': ''})
+    client.execute()
     return notebook, folder
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from ism_jax import config as config_lib
 from ism_jax import config_check, cost, experiment, objectives, train
@@ -167,17 +166,9 @@ def test_every_config_can_be_compiled_or_is_refused_by_name(made):
         _refused(error, changes)
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, 'devices', lambda: devices)
-
-
 @_settings(4)
 @hypothesis.given(changed())
-def test_every_config_trains_two_steps_or_is_refused_by_name(
-    one_device, tmp_path_factory, made
-):
+def test_every_config_trains_two_steps_or_is_refused_by_name(tmp_path_factory, made):
     method, changes = made
     config = _changed(method, changes)
     with config.unlocked():

@@ -36,7 +36,7 @@ def test_every_cell_starts_from_the_same_noise(small_run):
 
 
 @pytest.fixture(scope='module')
-def interval_run(tmp_path_factory, one_device):
+def interval_run(tmp_path_factory):
     """A run of two steps whose network takes the guidance interval."""
     config = config_lib.with_argument(config_lib.default(), 'imf,runlocal')
     config.train.steps = 2

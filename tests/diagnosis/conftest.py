@@ -13,11 +13,6 @@ NULL = 2
 SHAPE = (8, 8, 1)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_device(one_device):
-    yield
-
-
 def make_normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 

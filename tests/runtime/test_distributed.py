@@ -36,8 +36,7 @@ def _flags(workdir, changes):
 
 
 def _environment(devices):
-    flags = f'--xla_force_host_platform_device_count={devices}'
-    return os.environ | {'XLA_FLAGS': flags, 'PYTHONUNBUFFERED': '1'}
+    return os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONUNBUFFERED': '1'}
 
 
 def _free_port():

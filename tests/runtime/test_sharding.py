@@ -15,6 +15,8 @@ from ism_jax import cost, experiment, objectives
 from ism_jax.runtime import sharding
 from ism_jax.training import paired_pool
 
+pytestmark = pytest.mark.usefixtures('eight_devices')
+
 
 def test_batches_lie_in_the_order_of_processes():
     """JAX may order the devices of a mesh by their interconnect."""

@@ -112,7 +112,7 @@ def _label_field(params, x, t, d, w, label):
 
 
 @pytest.mark.parametrize('count', [6, 24])
-def test_samples_are_divided_among_the_devices(count):
+def test_samples_are_divided_among_the_devices(count, eight_devices):
     params = {'a': jnp.float32(0.5)}
     many = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
     one = jax.device_put(params, jax.devices()[0])

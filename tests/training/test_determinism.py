@@ -17,7 +17,7 @@ LOSSES = (
 
 
 @pytest.fixture(scope='module')
-def losses(tmp_path_factory, one_device):
+def losses(tmp_path_factory):
     """Losses of every step, by dtype."""
     return {
         dtype: _losses(dtype, tmp_path_factory.mktemp(dtype))

@@ -56,7 +56,7 @@ def start(small_sit):
 
 
 @pytest.fixture(scope='module')
-def trained(start, tmp_path_factory, one_device):
+def trained(start, tmp_path_factory):
     """Folder, final state and output of a run of two steps."""
     workdir, shown = tmp_path_factory.mktemp('run'), io.StringIO()
     with contextlib.redirect_stdout(shown):
@@ -127,9 +127,7 @@ def test_parameters_and_both_emas_start_alike_on_their_shardings(small_sit):
         ({'train.init_from': 'nowhere'}, 'nowhere holds no exported network'),
     ],
 )
-def test_a_network_that_does_not_fit_is_rejected(
-    small_sit, tmp_path, one_device, change, message
-):
+def test_a_network_that_does_not_fit_is_rejected(small_sit, tmp_path, change, message):
     changes = {'train.init_from': str(small_sit)} | change
     if change:
         changes['model.time_scale'] = 1.0

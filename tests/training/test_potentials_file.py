@@ -49,7 +49,7 @@ def _config(**changes):
     return config.lock()
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, one_device, monkeypatch):
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, monkeypatch):
     whole = train.train(_config(), tmp_path / 'whole')
     train.train(_config(**{'train.steps': 6}), tmp_path / 'part')
 

@@ -26,9 +26,6 @@ from ism_jax.training import checkpoint
 ROOT = Path(__file__).parents[2]
 
 
-pytestmark = pytest.mark.usefixtures('one_device')
-
-
 def _config(**changes):
     config = config_lib.default()
     config_lib.with_argument(config, 'runlocal')
@@ -71,7 +68,7 @@ def child(config, workdir, **options):
     """A process that trains."""
     path = workdir.with_suffix('.json')
     path.write_text(config_lib.to_json(config))
-    environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     return subprocess.Popen(
         [sys.executable, '-c', CHILD, str(path), str(workdir)],
         env=environment | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE,
@@ -256,7 +253,7 @@ def test_a_full_disk_is_reported_and_stops_only_at_the_end(tmp_path, straight):
     path.write_text(config_lib.to_json(_config()))
     done = subprocess.run(
         [sys.executable, '-c', FULL + CHILD, '40000', str(path), str(tmp_path / 'run')],
-        env=os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)},
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout

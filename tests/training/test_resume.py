@@ -26,14 +26,6 @@ from ism_jax.training.progress import Progress
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def one_device(request, monkeypatch):
-    """One device, except in tests of several: programs for eight compile slowly."""
-    if 'mesh' not in request.node.name and 'devices' not in request.node.name:
-        devices = jax.devices()[:1]
-        monkeypatch.setattr(jax, 'devices', lambda: devices)
-
-
 def _config(**changes):
     config = config_lib.default()
     config_lib.with_argument(config, 'runlocal')
@@ -65,7 +57,7 @@ train.train(config_, sys.argv[2])
 
 
 def _child(config_path, workdir):
-    environment = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)}
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     return subprocess.Popen(
         [sys.executable, '-c', CHILD, str(config_path), str(workdir)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -116,7 +108,7 @@ def test_resumed_within_a_pool_and_with_more_steps(tmp_path):
     )
 
 
-def test_a_run_resumes_on_another_mesh(tmp_path):
+def test_a_run_resumes_on_another_mesh(tmp_path, eight_devices):
     train.train(_config(**{'train.steps': 6, 'mesh.fsdp': 4}), tmp_path)
     state = train.train(_config(**{'mesh.fsdp': 2}), tmp_path)
     assert int(state.step) == 12
@@ -197,7 +189,7 @@ def test_what_a_run_leaves_behind(tmp_path, capsys):
         [sys.executable, '-m', 'ism_jax.evaluate', f'--workdir={tmp_path}',
          '--steps=1,4', '--guidance=1', '--samples=100'],
         capture_output=True, text=True, cwd=ROOT, timeout=200,
-        env=os.environ | {'XLA_FLAGS': ''},
+
     )  # fmt: skip
     assert evaluation.returncode == 0, evaluation.stderr[-3000:]
     assert 'Frechet' in evaluation.stdout
@@ -229,7 +221,7 @@ def test_sampling_from_a_run(tmp_path):
         return subprocess.run(
             [sys.executable, '-m', 'ism_jax.sample', f'--workdir={tmp_path}', *flags],
             capture_output=True, text=True, cwd=ROOT, timeout=200,
-            env=os.environ | {'XLA_FLAGS': ''},
+
         )  # fmt: skip
 
     out = tmp_path / 'out'

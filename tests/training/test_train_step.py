@@ -177,7 +177,7 @@ def test_accumulated_parts_draw_differently():
     'devices,fsdp',
     [(8, 2), *(pytest.param(*m, marks=pytest.mark.slow) for m in ((2, 1), (8, 8)))],
 )
-def test_meshes_give_the_same_parameters(devices, fsdp):
+def test_meshes_give_the_same_parameters(devices, fsdp, eight_devices):
     """Data parallel, fully sharded and both, against one device."""
     results = []
     for mesh in (
