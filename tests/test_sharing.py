@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 from pathlib import Path
 import subprocess
 import sys
@@ -23,8 +22,6 @@ from ism_jax.models import sit
 ROOT = Path(__file__).parent.parent
 MODULE = ROOT / 'ism_jax' / 'interchange' / torch_network.MODULE
 LABELS = (0, 4, 5, 2)  # 5 is the null label.
-
-pytestmark = pytest.mark.usefixtures('one_device')
 
 
 def _network(folder, method, backbone='sit', **options):
@@ -78,7 +75,7 @@ METHODS = {
 
 
 @pytest.fixture(scope='module')
-def reference(tmp_path_factory, one_device):
+def reference(tmp_path_factory):
     @functools.cache
     def make(name):
         return Reference(tmp_path_factory.mktemp(name), *METHODS[name])
@@ -274,7 +271,6 @@ def test_a_serialized_sampler_runs_alone(tmp_path, reference):
     done = subprocess.run(
         [sys.executable, '-c', CODE, *paths],
         cwd=tmp_path,
-        env=os.environ | {'XLA_FLAGS': ''},
         capture_output=True,
         text=True,
     )
