@@ -6,7 +6,7 @@ import re
 
 import braceexpand
 
-from ism_jax.runtime.files import local_path
+from ism_jax.runtime.paths import local_path
 
 
 def find_shards(pattern: str, name: str) -> list[Path]:
