@@ -24,6 +24,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
+import fsspec  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -113,6 +114,27 @@ def folder(storage, request):
     del storage
     name = request.node.originalname
     return paths.to_path(f'gs://bucket/{name}-{secrets.token_hex(4)}')
+
+
+@pytest.fixture(scope='session')
+def s3_bucket():
+    """The URL of a bucket in an emulator of S3."""
+    with storage_emulator.s3() as url, pytest.MonkeyPatch.context() as patch:
+        for name in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'):
+            patch.setenv(name, 'test')
+        patch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
+        patch.setenv('AWS_ENDPOINT_URL', url)
+        patch.setitem(fsspec.config.conf['s3'], 'endpoint_url', url)
+        fsspec.filesystem('s3').mkdir('bucket')
+        yield 's3://bucket'
+
+
+@pytest.fixture(params=['gs', 's3'])
+def url(request):
+    """A new folder in a bucket of each kind."""
+    if request.param == 'gs':
+        return str(request.getfixturevalue('folder'))
+    return f'{request.getfixturevalue("s3_bucket")}/{request.node.originalname}'
 
 
 @pytest.fixture(scope='session')

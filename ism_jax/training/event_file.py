@@ -76,9 +76,8 @@ class EventFile:
         self._records.close()
 
     def _write(self, event) -> None:
-        if bucket_file.is_full(self._file):
-            self._records.close()
-            self._open()
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
         self._records.flush()
+        if bucket_file.is_full(self._file):
+            self._open()

@@ -59,8 +59,7 @@ class JsonLines:
 
     def _write(self, **record) -> None:
         line = json.dumps({'time': time.time()} | record) + '\n'
-        if bucket_file.is_full(self._file):
-            self._file.close()
-            self._open()
         self._file.write(line.encode())
         self._file.flush()
+        if bucket_file.is_full(self._file):
+            self._open()

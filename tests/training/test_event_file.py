@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
+from ism_jax.runtime import bucket_file, paths
 from ism_jax.training import event_file
 
 
@@ -30,3 +31,39 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     for part in (b'model.depth', b'bfloat16', b'(1, 4)', b'0123abcd'):
         assert part in content
     events.close()
+
+
+def test_tensorboard_reads_what_was_written_to_a_bucket(
+    folder, storage, tmp_path, monkeypatch
+):
+    """Several files; what could not be written at once is written later."""
+    monkeypatch.setattr(bucket_file, 'MAX_UPLOAD', 1000)
+    monkeypatch.setattr(paths, 'put', fail_at(paths.put, {7, 12}))
+    events = event_file.EventFile(folder)
+    for step in range(40):
+        try:
+            events.scalars(step, {'loss': float(step)})
+        except OSError:
+            assert step < 39
+    # Not closed: what a killed run has written is there.
+    folder = folder / 'tensorboard'
+    names = list(paths.files_below(folder))
+    assert len(names) >= 3
+    for name in names:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    read = event_accumulator.EventAccumulator(str(tmp_path), {'tensors': 0})
+    read.Reload()
+    losses = [e.tensor_proto.float_val[0] for e in read.Tensors('loss')]
+    assert losses == list(range(40))
+
+
+def fail_at(function, calls):
+    """`function`, which fails at some calls, numbered from 0."""
+    number = iter(range(1000))
+
+    def call(*arguments):
+        if next(number) in calls:
+            raise OSError('unavailable')
+        return function(*arguments)
+
+    return call
