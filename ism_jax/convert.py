@@ -19,7 +19,7 @@ noise instead of a velocity, so the result can only initialise training. See
 `official_sit`, `official_dit` and `official_shortcut` in `ism_jax.interchange`. The
 official networks take latents of sd-vae-ft times 0.18215.
 
-Two commands write a run for programs without this package:
+Three commands give a run to others. Two write it for programs without this package:
 
     python -m ism_jax.convert torch --workdir runs/quickstart --out nets/torch
     python -m ism_jax.convert torch --workdir runs/quickstart --steps 4 \
@@ -32,6 +32,12 @@ steps and guidance scale. With `--steps` it writes the state dict of an official
 (`.pt` or `.safetensors`) for that number of steps and that guidance scale alone.
 `stablehlo` writes a sampler for one number of steps, with its weights, that JAX runs on
 a CPU, GPU or TPU at any batch size and guidance scale.
+
+    python -m ism_jax.convert push --workdir runs/quickstart --repo user/name
+
+`push` exports a run or an exported folder to the Hugging Face hub, with a model card
+and a picture of samples; `ism_jax.load('user/name')` loads it. The access token is that
+of `hf auth login` or of the variable HF_TOKEN.
 
 Checkpoints are `.safetensors` files, or `.pt` files that PyTorch reads with
 `weights_only`. If a file holds several trees, the EMA (`ema`) is used. Files that could
@@ -52,14 +58,16 @@ environment in which shortcut-models runs:
 """
 
 from pathlib import Path
+import tempfile
 
 from absl import flags
 
 from ism_jax import config as config_lib
-from ism_jax import config_check, sharing, trained_network
+from ism_jax import config_check, model_card, sharing, trained_network
 from ism_jax.interchange import (
     converted_network,
     exported_network,
+    hub,
     official_dit,
     official_shortcut,
     official_sit,
@@ -161,6 +169,42 @@ def export(workdir, step: int | None = None) -> exported_network.ExportedNetwork
     )
 
 
+def push(
+    workdir,
+    repo: str,
+    *,
+    step: int | None = None,
+    private: bool = False,
+    license: str | None = None,
+) -> list[str]:
+    """Uploads a network to the Hugging Face hub, with a model card.
+
+    Args:
+      workdir: folder of a run or of an exported network.
+      repo: hub id.
+      step: checkpoint of a run; None for the latest.
+      private: whether only the owner of the repository may see it.
+      license: identifier of the hub for the card, such as 'mit'; None for none.
+
+    Returns:
+      Lines that say where the network is and how to load it.
+
+    Raises:
+      ValueError: there is no such network, or the hub refuses.
+    """
+    run = trained_network.load(workdir, step)
+    if exported_network.exists(workdir):
+        network = exported_network.read(workdir)
+    else:
+        network = export(workdir, step)
+    address = hub.create(repo, private=private)
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, network)
+        model_card.write(folder, run, workdir=workdir, repo=repo, license=license)
+        hub.upload(folder, repo, f'{network.origin}, step {network.step}')
+    return [f'uploaded to {address}', f"load it with ism_jax.load('{repo}')"]
+
+
 def write(folder, network: exported_network.ExportedNetwork) -> None:
     """Writes a network to a folder; see `exported_network.write`."""
     model = trained_network.exported_model(network)
@@ -211,7 +255,7 @@ NETWORKS = {
     ),
     'export': (export, ('workdir', 'step')),
 }
-# The same of the commands that write a run for others, and say what they wrote.
+# The same of the commands that give a run to others, and return lines to print.
 SHARING = {
     'torch': (
         sharing.write_torch,
@@ -221,12 +265,13 @@ SHARING = {
         sharing.write_stablehlo,
         ('workdir', 'out', 'step', 'steps', 'interval'),
     ),
+    'push': (push, ('workdir', 'repo', 'step', 'private', 'license')),
 }
 COMMANDS = {
     **{name: (function, (*f, 'out')) for name, (function, f) in NETWORKS.items()},
     **SHARING,
 }
-REQUIRED = ('checkpoint', 'image_size', 'workdir', 'out')
+REQUIRED = ('checkpoint', 'image_size', 'workdir', 'out', 'repo')
 
 
 def run(command: str, source, out, **options) -> None:
@@ -261,10 +306,8 @@ def run_command(command: str) -> None:
     if missing:
         raise ValueError(f'{command} needs --{missing[0]}; --help shows examples')
     values = {name: FLAGS[name].value for name in names if FLAGS[name].present}
-    if 'out' in values:
-        values['out'] = paths.from_user(values['out'], '--out')
-    if 'workdir' in values:
-        values['workdir'] = paths.from_user(values['workdir'], '--workdir')
+    for name in values.keys() & {'out', 'workdir'}:
+        values[name] = paths.from_user(values[name], f'--{name}')
     if 'interval' in values:
         values['interval'] = command_line.parse_numbers(values['interval'], float)
     if command in SHARING:
@@ -292,4 +335,7 @@ if __name__ == '__main__':
         'interval', '', 'Start and end time of guidance, as 0.3,1, if it is an input.'
     )
     flags.DEFINE_string('out', None, 'Folder or file to write.')
+    flags.DEFINE_string('repo', None, 'Repository on the Hugging Face hub.')
+    flags.DEFINE_bool('private', False, 'Create the repository as a private one.')
+    flags.DEFINE_string('license', None, 'Licence for the model card, such as mit.')
     command_line.run(run_command, commands=tuple(COMMANDS))

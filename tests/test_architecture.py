@@ -19,8 +19,8 @@ COMMANDS = (
 LAYERS = (
     COMMANDS,
     ('__init__', 'config', 'config_check', 'resolved_config', 'experiment',
-     'trained_network', 'generator', 'sharing', 'cost', 'recipe_search',
-     'entry_points'),
+     'trained_network', 'generator', 'sharing', 'model_card', 'cost',
+     'recipe_search', 'entry_points'),
     ('training', 'sampling', 'evaluation', 'diagnosis', 'interchange'),
     ('objectives', 'transport', 'data'),
     ('method', 'models'),

@@ -21,7 +21,7 @@ COMMANDS = (
     *('benchmark', 'ablation', 'demo'),
 )
 # Programs besides `python` whose arguments are not checked, except for file names.
-OTHER_PROGRAMS = ('bash', 'jupyter', 'pip', 'ruff', 'source', 'tensorboard')
+OTHER_PROGRAMS = ('bash', 'hf', 'jupyter', 'pip', 'ruff', 'source', 'tensorboard')
 FOLDERS = ('ism_jax', 'configs', 'launch', 'tests', 'docs', 'results')
 SUFFIXES = 'py|md|sh|sbatch|yaml|ipynb|json|txt|cff|png|toml|safetensors'
 SECTIONS = tuple(
