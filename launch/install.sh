@@ -13,6 +13,29 @@ if driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/
 elif compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null; then
   jax='jax[tpu]'
 fi
+
+# One line for each file that pip gets, with its size, and one for the installation.
+show_progress() {
+  local line name words
+  while IFS= read -r line; do
+    case "$line" in
+      *.metadata*) ;;
+      *' Downloading '* | *' Using cached '*)
+        line="${line#*Downloading }"
+        line="${line#*Using cached }"
+        name="${line%% (*}"
+        line="${line#"$name"}"
+        name="${name##*/}"
+        echo "  ${name%%-*}$line"
+        ;;
+      'Installing collected packages: '*)
+        read -ra words <<<"${line#*: }"
+        echo "  installing ${#words[@]} packages"
+        ;;
+    esac
+  done
+}
+
 list="$(mktemp)"
 trap 'rm -f "$list"' EXIT
 sed "s/^jax>/$jax>/" "$(dirname "${BASH_SOURCE[0]}")/../requirements.txt" >"$list"
@@ -20,5 +43,6 @@ printf '%s\n' "$@" >>"$list"
 if [ -n "${PRINT:-}" ]; then
   cat "$list"
 else
-  "$python" -m pip install --quiet --disable-pip-version-check -r "$list"
+  "$python" -m pip install --disable-pip-version-check --root-user-action=ignore \
+    --progress-bar=off -r "$list" | show_progress
 fi

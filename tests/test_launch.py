@@ -277,6 +277,41 @@ def test_install_selects_jax_for_the_accelerator(tmp_path, driver, jax):
     assert [line for line in lines if line != changed] == [*rest, 'ipywidgets']
 
 
+PIP = """
+echo "$@" > "$FOLDER/arguments"
+echo 'Requirement already satisfied: numpy in /lib'
+echo 'Collecting jax (from -r /tmp/list (line 4))'
+echo '  Downloading jax-0.10.2-py3-none-any.whl.metadata (13 kB)'
+echo '  Downloading jax-0.10.2-py3-none-any.whl (2.9 MB)'
+echo '  Downloading https://example.org/a/jaxlib-0.10.2-cp311.whl (80.1 MB)'
+echo '  Using cached absl_py-2.3-py3-none-any.whl (135 kB)'
+echo 'Installing collected packages: absl-py, jaxlib, jax'
+echo 'ERROR: a message' >&2
+exit "$(cat "$FOLDER/code")"
+"""
+
+
+@pytest.mark.parametrize('code', [0, 3])
+def test_install_shows_progress(tmp_path, code):
+    """A line for each download, pip's errors, and its exit code."""
+    pip = _stand_in(tmp_path / 'bin', 'python_', PIP)
+    (tmp_path / 'bin' / 'code').write_text(f'{code}')
+    done = subprocess.run(
+        ['bash', LAUNCH / 'install.sh', pip], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code
+    assert done.stdout.splitlines() == [
+        '  jax (2.9 MB)',
+        '  jaxlib (80.1 MB)',
+        '  absl_py (135 kB)',
+        '  installing 3 packages',
+    ]
+    assert done.stderr == 'ERROR: a message\n'
+    arguments = (tmp_path / 'bin' / 'arguments').read_text()
+    # The warnings about the root user and about newer versions of pip.
+    assert '--disable-pip-version-check --root-user-action=ignore' in arguments
+
+
 def test_glyphs_are_drawn_from_fonts(tmp_path):
     """From the fonts of matplotlib, of which some have symbols only."""
     fonts = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
