@@ -1,7 +1,6 @@
 """Trained networks for others: PyTorch weights and serialized samplers."""
 
 import dataclasses
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,7 @@ from ism_jax import config_check, trained_network
 from ism_jax.interchange import official_sit, serialized_sampler, torch_network
 from ism_jax.method import time_grid
 from ism_jax.models import sit
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 
 def write_torch(
@@ -52,8 +51,8 @@ def write_torch(
             '--steps; the whole network takes any'
         )
     if steps is None:
-        return _write_whole(run, Path(out))
-    return _write_official(run, Path(out), steps, guidance, interval)
+        return _write_whole(run, paths.to_path(out))
+    return _write_official(run, paths.to_path(out), steps, guidance, interval)
 
 
 def _write_official(run, out, steps, guidance, interval) -> list[str]:
@@ -171,7 +170,7 @@ def write_stablehlo(
         return decode(objective.sample(network, params, *options))
 
     content = serialized_sampler.serialize(sample, run.params, run.image_shape)
-    files.write_bytes(Path(out), content)
+    files.write_bytes(paths.to_path(out), content)
     shape = ', '.join(map(str, run.image_shape))
     low, high = objective.guidance_range
     return [

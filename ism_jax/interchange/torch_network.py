@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import dataclasses
 import json
 from pathlib import Path
-import shutil
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import safetensors.numpy
 
 from ism_jax.interchange import official_sit
 from ism_jax.models import sit
-from ism_jax.runtime import files
+from ism_jax.runtime import files, paths
 
 WEIGHTS, MODULE = 'weights.safetensors', 'ism_torch.py'
 # Attributes of the model that the module reads.
@@ -76,7 +75,7 @@ def write_official(path, tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
       ValueError: another suffix, or PyTorch is missing.
     """
-    path = Path(path)
+    path = paths.to_path(path)
     if path.suffix == '.safetensors':
         return files.write_bytes(path, safetensors.numpy.save(dict(tensors)))
     if path.suffix != '.pt':
@@ -88,8 +87,9 @@ def write_official(path, tensors: Mapping[str, np.ndarray]) -> None:
             f'--out {path} needs PyTorch: pip install torch, or write a .safetensors '
             'file'
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: torch.from_numpy(t.copy()) for name, t in tensors.items()}, path)
+    state = {name: torch.from_numpy(t.copy()) for name, t in tensors.items()}
+    with files.replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def write_whole(
@@ -123,6 +123,7 @@ def write_whole(
     options = {name: getattr(model, name) for name in MODEL_OPTIONS}
     options |= {'image_shape': list(image_shape), **sampler_options}
     content = safetensors.numpy.save(tensors, {'options': json.dumps(options)})
-    folder = Path(folder)
+    folder = paths.to_path(folder)
     files.write_bytes(folder / WEIGHTS, content)
-    shutil.copy(Path(__file__).with_name(MODULE), folder / MODULE)
+    module = Path(__file__).with_name(MODULE).read_bytes()
+    files.write_bytes(folder / MODULE, module)
