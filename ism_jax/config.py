@@ -17,6 +17,8 @@ from ism_jax.method import wavelet
 from ism_jax.models import sit
 
 _XL2 = sit.preset('XL/2')
+# Fields of the model that a method may decide.
+CONDITIONS = ('step_embedding', 'time_scale', 'guidance_embedding', 'interval_input')
 
 # Field -> (default, meaning). Defaults are the paper's; where the paper leaves a choice
 # open, the meaning says "open". A comment then has the Frechet distances in 1 / 4 steps
@@ -43,12 +45,15 @@ FIELDS: dict[str, tuple[Any, str]] = {
     'data.prefetch': (2, 'number of pools read ahead'),
     'data.retry_seconds': (60.0, 'how long to retry an image that the file system cannot read'),
 
-    'model.backbone': ('sit', "'sit', or 'in_context': conditions as tokens, RMS norm, SwiGLU, rotary positions"),
-    'model.hidden_size': (_XL2['hidden_size'], 'width of the transformer; the sizes are those of SiT-XL/2'),
-    'model.depth': (_XL2['depth'], 'number of transformer blocks'),
-    'model.num_heads': (_XL2['num_heads'], 'attention heads per block'),
+    'model.backbone': ('sit', "'sit', 'in_context' (conditions as tokens, RMS norm, SwiGLU, rotary positions) or 'unet'"),
+    'model.hidden_size': (_XL2['hidden_size'], 'width of the transformer, or of the finest level of the U-Net; the sizes are those of SiT-XL/2'),
+    'model.depth': (_XL2['depth'], 'number of transformer blocks; not for the U-Net, like mlp_ratio, unroll and velocity_head'),
+    'model.num_heads': (_XL2['num_heads'], 'heads of each self-attention'),
     'model.patch_size': (_XL2['patch_size'], 'side of a patch, in pixels of the image or latent'),
     'model.mlp_ratio': (4.0, 'hidden width of the MLPs divided by hidden_size'),
+    'model.channel_multipliers': ((1, 2, 2), "width of each level of the U-Net divided by hidden_size, finest first"),
+    'model.blocks_per_level': (1, 'residual blocks per level of the U-Net, down and up'),
+    'model.attention_levels': (1, 'number of coarsest levels of the U-Net with self-attention'),
     'model.dtype': ('float32', "dtype of the computation, 'float32' or 'bfloat16'; parameters are float32"),
     'model.remat': ('none', "rematerialisation: 'none', 'dots' keeps matrix products, 'full' recomputes all"),
     'model.attention': ('auto', "attention kernel: 'auto', 'xla' or 'cudnn'"),
@@ -326,6 +331,9 @@ def with_argument(config, argument: str) -> ml_collections.ConfigDict:
         if part == 'runlocal':
             _shrink(config)
         elif part in objectives.names():
+            # The config's own method may need other conditions.
+            for name in CONDITIONS:
+                config.model[name] = FIELDS[f'model.{name}'][0]
             use_objective(config, part)
         elif part in sit.PRESETS:
             config.model.update(sit.preset(part))
@@ -354,6 +362,8 @@ def _shrink(config) -> None:
         depth=2,
         num_heads=2,
         patch_size=8,
+        channel_multipliers=(1, 2),
+        attention_levels=1,
         dtype='float32',
         remat='none',
     )

@@ -11,7 +11,7 @@ import math
 from ism_jax import config as config_lib
 from ism_jax import objectives
 from ism_jax.method import time_grid, wavelet
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 from ism_jax.training import optimizer, writers
 
 
@@ -26,8 +26,9 @@ def _one_of(*values):
 _POSITIVE = 'a positive number', lambda v: v > 0 and math.isfinite(v)
 _FRACTION = 'in [0, 1)', lambda v: 0 <= v < 1
 _POWER_OF_TWO = (
-    f'a power of two from 2 to {2**sit.MAX_LEVELS}, such as 128: steps are halved',
-    lambda v: v <= 2**sit.MAX_LEVELS and time_grid.is_base_steps(v),
+    f'a power of two from 2 to {2**conditions.MAX_LEVELS}, such as 128: steps are '
+    'halved',
+    lambda v: v <= 2**conditions.MAX_LEVELS and time_grid.is_base_steps(v),
 )
 
 # Field -> (what is allowed, predicate).
@@ -40,7 +41,7 @@ RULES = {
     'data.num_threads': _at_least(1),
     'data.prefetch': _at_least(1),
     'data.retry_seconds': _at_least(0),
-    'model.backbone': _one_of('sit', 'in_context'),
+    'model.backbone': _one_of('sit', 'in_context', 'unet'),
     'model.patch_size': _at_least(1),
     'model.hidden_size': (
         'at least 4 and a multiple of 4, for the 2-D sin-cos positions',
@@ -49,14 +50,22 @@ RULES = {
     'model.depth': _at_least(1),
     'model.num_heads': _at_least(1),
     'model.mlp_ratio': _POSITIVE,
+    'model.channel_multipliers': (
+        'one to eight integers from 1 to 64, such as (1, 2, 2)',
+        lambda v: (
+            1 <= len(v) <= 8 and all(isinstance(m, int) and 1 <= m <= 64 for m in v)
+        ),
+    ),
+    'model.blocks_per_level': ('in 1 .. 64', lambda v: 1 <= v <= 64),
+    'model.attention_levels': _at_least(0),
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.remat': _one_of(*sit.REMAT_POLICIES),
     'model.attention': _one_of(*sit.ATTENTION_IMPLEMENTATIONS),
     'model.unroll': _at_least(1),
-    'model.step_embedding': _one_of(*sit.STEP_EMBEDDINGS),
+    'model.step_embedding': _one_of(*conditions.STEP_EMBEDDINGS),
     'model.time_scale': _POSITIVE,
     'model.velocity_head': _at_least(0),
-    'model.guidance_embedding': _one_of(*sit.GUIDANCE_EMBEDDINGS),
+    'model.guidance_embedding': _one_of(*conditions.GUIDANCE_EMBEDDINGS),
     'wavelet.levels': _at_least(1),
     'transport.batches': _at_least(1),
     'transport.method': _one_of('permutation', 'row_sampling', 'semidiscrete'),
@@ -317,33 +326,76 @@ def _model_problems(c) -> Iterator[str]:
             f'model.patch_size = {patch} does not divide data.image_size = {side}; '
             f'choose a divisor of {side}'
         )
+    if c.model.backbone == 'unet':
+        yield from _unet_problems(c)
+    else:
+        yield from _transformer_problems(c)
+
+
+def _attention_problems(c, side, patch, width, field) -> Iterator[str]:
+    """Problems of self-attention over the patches of an image with this side.
+
+    `width` is that of the tokens, `field` its name for the message.
+    """
     if (tokens := (side // patch) ** 2) > sit.MAX_TOKENS:
         yield (
-            f'data.image_size = {side} in patches of model.patch_size = {patch} makes '
-            f'{tokens} tokens, more than {sit.MAX_TOKENS}; use larger patches, or '
-            'latents'
+            f'data.image_size = {c.data.image_size} in patches of model.patch_size = '
+            f'{c.model.patch_size} makes {tokens} tokens, more than {sit.MAX_TOKENS}; '
+            'use larger patches, or latents'
         )
-    if c.model.hidden_size % c.model.num_heads:
+    if width % c.model.num_heads:
         yield (
-            f'model.num_heads = {c.model.num_heads} does not divide model.hidden_size '
-            f'= {c.model.hidden_size}; choose a divisor of {c.model.hidden_size}'
+            f'model.num_heads = {c.model.num_heads} does not divide {field} = {width}; '
+            f'choose a divisor of {width}'
         )
+
+
+def _unet_problems(c) -> Iterator[str]:
+    side, model = c.data.image_size, c.model
+    levels = len(model.channel_multipliers)
+    coarsest = model.patch_size * 2 ** (levels - 1)
+    if side % coarsest:
+        yield (
+            f'model.channel_multipliers = {model.channel_multipliers} halves the '
+            f'resolution {levels - 1} times, but data.image_size = {side} is no '
+            f'multiple of model.patch_size times {2 ** (levels - 1)} = {coarsest}; use '
+            'fewer levels or smaller patches'
+        )
+    if model.attention_levels > levels:
+        yield (
+            f'model.attention_levels = {model.attention_levels} must be at most '
+            f'{levels}, the number of levels in model.channel_multipliers'
+        )
+    for level in range(levels - model.attention_levels, levels):
+        width = model.hidden_size * model.channel_multipliers[level]
+        patch, field = model.patch_size * 2**level, f'the width of level {level}'
+        yield from _attention_problems(c, side, patch, width, field)
+    if model.velocity_head:
+        yield (
+            f'model.velocity_head = {model.velocity_head}: the U-Net has no second '
+            "output; set it to 0, or model.backbone to 'sit'"
+        )
+
+
+def _transformer_problems(c) -> Iterator[str]:
+    side, patch, width = c.data.image_size, c.model.patch_size, c.model.hidden_size
+    yield from _attention_problems(c, side, patch, width, 'model.hidden_size')
     if c.model.velocity_head >= c.model.depth:
         yield (
             f'model.velocity_head = {c.model.velocity_head} must be less than '
             f'model.depth = {c.model.depth}, so that the outputs share a block'
         )
-    odd = c.model.hidden_size // c.model.num_heads % 2
+    odd = width // c.model.num_heads % 2
     if c.model.backbone == 'in_context' and odd:
         yield (
             f'model.num_heads = {c.model.num_heads} divides model.hidden_size = '
-            f'{c.model.hidden_size} into heads of odd width, but rotary positions '
-            'rotate pairs of channels; choose an even width'
+            f'{width} into heads of odd width, but rotary positions rotate pairs of '
+            'channels; choose an even width'
         )
-    if c.model.mlp_ratio * c.model.hidden_size < 1:
+    if c.model.mlp_ratio * width < 1:
         yield (
             f'model.mlp_ratio = {c.model.mlp_ratio} of model.hidden_size = '
-            f'{c.model.hidden_size} gives MLPs of width 0; 4.0 is usual'
+            f'{width} gives MLPs of width 0; 4.0 is usual'
         )
 
 

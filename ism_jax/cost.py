@@ -198,8 +198,9 @@ def check_memory(experiment: Experiment) -> None:
     if limit and needed > limit:
         raise ValueError(
             f'parameters, optimizer and EMAs need {needed / 2**30:.1f} GiB, but '
-            f'{owner} {limit / 2**30:.1f}: make model.hidden_size, model.depth or '
-            'model.mlp_ratio smaller, or shard them over more devices with mesh.fsdp'
+            f'{owner} {limit / 2**30:.1f}: make model.hidden_size, model.depth, '
+            'model.mlp_ratio or model.channel_multipliers smaller, '
+            'or shard them over more devices with mesh.fsdp'
         )
     if experiment.is_semidiscrete:
         _check_points(experiment)
@@ -241,9 +242,8 @@ def summary(experiment: Experiment, workdir) -> list[str]:
     count = sit.num_parameters(model, experiment.image_shape)
     memory = sum(bytes_per_device(experiment).values())
     return [
-        f'network:   {type(model).__name__}, {count:,} parameters, width '
-        f'{model.hidden_size}, {model.depth} layers, {model.num_heads} heads, patch '
-        f'{model.patch_size}, {model.dtype}',
+        f'network:   {type(model).__name__}, {count:,} parameters, {model.sizes()}, '
+        f'patch {model.patch_size}, {model.dtype}',
         f'devices:   {mesh.size} x {mesh.devices.flat[0].device_kind}, '
         f'mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}',
         f'data:      {experiment.source!r}',

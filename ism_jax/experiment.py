@@ -4,6 +4,7 @@
 keyword scalars and know no config.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,7 @@ from ism_jax.data.source import Source
 from ism_jax.evaluation.sample_scorer import SampleScorer, score_settings
 from ism_jax.interchange import autoencoder_weights
 from ism_jax.method import loss_distance, random_streams, wavelet
-from ism_jax.models import in_context, sit
+from ism_jax.models import conditions, in_context, sit, unet
 from ism_jax.runtime import sharding
 from ism_jax.sampling.sampler import Sampler
 from ism_jax.training import (
@@ -28,7 +29,7 @@ from ism_jax.training import (
     train_step,
 )
 
-BACKBONES = {'sit': sit.SiT, 'in_context': in_context.InContext}
+BACKBONES = {'sit': sit.SiT, 'in_context': in_context.InContext, 'unet': unet.UNet}
 
 
 class Experiment:
@@ -78,7 +79,7 @@ class Experiment:
         return sharding.replicate(jax.random.key(self.config.seed), self.mesh)
 
     @functools.cached_property
-    def model(self) -> sit.SiT:
+    def model(self) -> conditions.ConditionedNetwork:
         """The network; on a mesh of devices its batch is split over it."""
         # A plan has an abstract mesh.
         mesh = self.mesh if isinstance(self.mesh, jax.sharding.Mesh) else None
@@ -390,10 +391,12 @@ def make_source(config) -> Source:
     )
 
 
-def make_model(config, num_classes: int, **options) -> sit.SiT:
+def make_model(config, num_classes: int, **options) -> conditions.ConditionedNetwork:
     """The network that the config describes; `options` are other attributes of it."""
-    options |= config.model.to_dict()
-    backbone = BACKBONES[options.pop('backbone')]
+    backbone = BACKBONES[config.model.backbone]
+    # Each backbone has its own sizes.
+    names = {field.name for field in dataclasses.fields(backbone)}
+    options |= {name: v for name, v in config.model.items() if name in names}
     return backbone(num_classes=num_classes, **options)
 
 

@@ -232,7 +232,7 @@ class Generator:
     def __repr__(self):
         model = self._run.model
         return (
-            f'Generator({model.depth} layers of width {model.hidden_size}, '
+            f'Generator({type(model).__name__}, {model.sizes()}, '
             f'{len(self.class_names)} classes, images {self.image_shape}, trained '
             f'{self.trained_steps} steps)'
         )

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from ism_jax import config as config_lib
-from ism_jax import config_check, objectives, sample, train, trained_network
-from ism_jax.models import sit
+from ism_jax import config_check, experiment, objectives, sample, train, trained_network
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -64,7 +63,11 @@ def test_every_field_is_read():
         section, _, field = name.rpartition('.')
         if section not in passed_whole:
             assert field in read, name
-    fields = {f.name for f in dataclasses.fields(sit.SiT)}
+    fields = {
+        field.name
+        for backbone in experiment.BACKBONES.values()
+        for field in dataclasses.fields(backbone)
+    }
     assert set(config.model) - {'backbone'} <= fields
     # Its fields are exactly the objective's.
     objectives.create(num_classes=10, **config.objective)

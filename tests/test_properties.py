@@ -10,7 +10,7 @@ import numpy as np
 
 from ism_jax import config as config_lib
 from ism_jax import config_check, cost, experiment, objectives, train
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 from ism_jax.runtime import sharding
 from ism_jax.training import optimizer, paired_pool, train_state
 
@@ -34,12 +34,12 @@ WORDS = {
     'data.dir': ('/nowhere',),
     'data.autoencoder': ('', '/nowhere'),
     'data.on_corrupt': ('error', 'skip'),
-    'model.step_embedding': tuple(sit.STEP_EMBEDDINGS),
+    'model.step_embedding': tuple(conditions.STEP_EMBEDDINGS),
     'model.dtype': ('float32', 'bfloat16', 'float16'),
     'model.remat': tuple(sit.REMAT_POLICIES),
     'model.attention': tuple(sit.ATTENTION_IMPLEMENTATIONS),
-    'model.backbone': ('sit', 'in_context'),
-    'model.guidance_embedding': tuple(sit.GUIDANCE_EMBEDDINGS),
+    'model.backbone': tuple(experiment.BACKBONES),
+    'model.guidance_embedding': tuple(conditions.GUIDANCE_EMBEDDINGS),
     'objective.consistency': ('bootstrap', 'derivative', 'difference'),
     'objective.step_draw': ('dyadic', 'ends', 'uniform'),
     'objective.bootstrap_split': ('half', 'random'),
@@ -181,4 +181,5 @@ def test_every_config_trains_two_steps_or_is_refused_by_name(tmp_path_factory, m
         _refused(error, changes | {'train.steps': 2, 'optimizer.warmup_steps': 1})
         return
     assert int(state.step) == config.train.steps
-    assert np.isfinite(np.asarray(state.params['final']['kernel'])).all()
+    for leaf in jax.tree.leaves(state.params):
+        assert np.isfinite(np.asarray(leaf)).all()

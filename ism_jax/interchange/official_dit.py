@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.interchange import converted_network, official_sit
-from ism_jax.models import sit
+from ism_jax.models import conditions
 
 TIMESTEPS = 1000
 
@@ -30,7 +30,7 @@ def from_tensors(
     time = converted.params['time_embedding']
     # cos(1000 w - s w) and sin(1000 w - s w) are a rotation of cos(s w) and sin(s w),
     # which the first layer absorbs.
-    angles = TIMESTEPS * sit.frequencies()
+    angles = TIMESTEPS * conditions.frequencies()
     cos, sin = (jnp.asarray(f(angles), jnp.float32)[:, None] for f in (np.cos, np.sin))
     by_cos, by_sin = jnp.split(time['hidden']['kernel'], 2)
     kernel = jnp.concatenate([by_cos * cos + by_sin * sin, by_cos * sin - by_sin * cos])

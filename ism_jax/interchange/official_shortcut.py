@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.interchange import converted_network, tensor_shapes
-from ism_jax.models import sit
+from ism_jax.models import conditions
 
 NETWORK = 'shortcut-models'
 
@@ -68,7 +68,7 @@ def from_tensors(
         return converted_network.stack_layers(blocks)
 
     embedding = [linear(f'TimestepEmbedder_1/Dense_{i}') for i in (0, 1)]
-    steps = _embed(*embedding, np.arange(sit.MAX_LEVELS))
+    steps = _embed(*embedding, np.arange(conditions.MAX_LEVELS))
     finest = _embed(*embedding, np.log2([base_steps]))
     classes = jnp.asarray(tensors['LabelEmbedder_0/Embed_0/embedding'])
     patches = linear('PatchEmbed_0/Conv_0')
@@ -122,7 +122,7 @@ def _read_shapes(
     }
     for embedder in ('TimestepEmbedder_0', 'TimestepEmbedder_1'):  # Time, step size.
         expected |= {
-            **linear(f'{embedder}/Dense_0', sit.FREQUENCY_FEATURES, width),
+            **linear(f'{embedder}/Dense_0', conditions.FREQUENCY_FEATURES, width),
             **linear(f'{embedder}/Dense_1', width, width),
         }
     for i in range(depth):
@@ -151,11 +151,11 @@ def _read_shapes(
 
 
 def _embed(hidden, out, x) -> jax.Array:
-    """Two-layer embedding of scalars, [N] -> [N, width]; see `sit.ScalarEmbedding`."""
+    """Two-layer embedding of scalars, [N] -> [N, width]."""
 
     def dense(x, layer):
         product = jnp.dot(x, layer['kernel'], precision='highest')
         return product + layer['bias'][None]
 
-    features = sit.frequency_features(jnp.asarray(x, jnp.float32))
+    features = conditions.frequency_features(jnp.asarray(x, jnp.float32))
     return dense(jax.nn.silu(dense(features, hidden)), out)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.interchange import converted_network, tensor_shapes
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 
 NETWORK = 'an official SiT or DiT'
 # The sin-cos positions were computed by another library, at worst in float32.
@@ -157,7 +157,7 @@ def _read_shapes(
         'pos_embed': (1, side**2, width),
         'x_embedder.proj.weight': (width, channels, patch, patch),
         'x_embedder.proj.bias': (width,),
-        **linear('t_embedder.mlp.0', width, sit.FREQUENCY_FEATURES),
+        **linear('t_embedder.mlp.0', width, conditions.FREQUENCY_FEATURES),
         **linear('t_embedder.mlp.2', width, width),
         'y_embedder.embedding_table.weight': (rows, width),
         **linear('final_layer.linear', patch**2 * outputs, width),

@@ -5,9 +5,8 @@ Interpolant Transformers" (arXiv 2401.08740), after DiT (Peebles and Xie, arXiv
 2212.09748). Improved shortcut models (arXiv 2510.21250) add two conditions: the step
 size d and the guidance scale w.
 
-Both are added to the time and class embeddings. Their terms vanish at d = 0 and w = 0
-for any parameters, and their last layers are initialised to zero. At d = 0, w = 0 the
-network therefore *is* a SiT, before and after training, and loading a pretrained SiT
+Both are added to the time and class embeddings, see `models.conditions`. At d = 0,
+w = 0 the network *is* a SiT, before and after training, and loading a pretrained SiT
 does not change its outputs.
 
 The network computes in `dtype` (bfloat16 on accelerators). Parameters, layer norms,
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ism_jax.models import conditions
 from ism_jax.models.linear import PRODUCT, Linear
 from ism_jax.runtime.sharding import BatchSharding
 
@@ -52,32 +52,12 @@ REMAT_POLICIES = {
 }
 ATTENTION_IMPLEMENTATIONS = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
 
-FREQUENCY_FEATURES = 256
-MAX_PERIOD = 10_000.0
-MAX_LEVELS = 16  # Distinct dyadic step sizes, from 1 down to 1/32768.
 MAX_TOKENS = 2**16  # More need over 16 GiB of attention scores per head.
-STEP_EMBEDDINGS = ('level', 'size')
-GUIDANCE_EMBEDDINGS = ('scale', 'ratio')
-# Factor on w, and on the ends of its interval, before their sinusoids: scales 1/4 apart
-# get distinct features, and scales in between stay close to their neighbours.
-GUIDANCE_SCALE = 10.0
 
 
 def preset(name: str) -> dict[str, int]:
     """Width, depth, heads and patch size of a preset such as 'XL/2'."""
     return dict(PRESETS[name])
-
-
-def frequencies() -> np.ndarray:
-    """Frequencies of the sinusoidal features, [128] float64, in radians per unit."""
-    half = FREQUENCY_FEATURES // 2
-    return np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
-
-
-def frequency_features(x: jax.Array) -> jax.Array:
-    """Sinusoidal features of one scalar per sample (DiT), [B] -> [B, 256]."""
-    angles = x.astype(jnp.float32)[:, None] * frequencies()[None].astype(np.float32)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def position_embedding(hidden_size: int, side: int) -> np.ndarray:
@@ -86,7 +66,9 @@ def position_embedding(hidden_size: int, side: int) -> np.ndarray:
     The first half of the channels encodes the column, the second half the row.
     """
     quarter = hidden_size // 4
-    frequencies = 1.0 / MAX_PERIOD ** (np.arange(quarter, dtype=np.float64) / quarter)
+    frequencies = 1.0 / conditions.MAX_PERIOD ** (
+        np.arange(quarter, dtype=np.float64) / quarter
+    )
 
     def encode(position):
         angles = position.reshape(-1)[:, None] * frequencies[None]
@@ -106,24 +88,6 @@ def _layer_norm(x, dtype):
 
 def _modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
-
-
-class ScalarEmbedding(nn.Module):
-    """Two-layer embedding of a scalar condition, [B] -> [B, hidden_size], float32."""
-
-    hidden_size: int
-    zero_init: bool = False
-    batch_sharding: BatchSharding = BatchSharding()
-
-    @nn.compact
-    def __call__(self, x):
-        small = nn.initializers.normal(0.02)
-        last = nn.initializers.zeros if self.zero_init else small
-        layer = functools.partial(
-            Linear, self.hidden_size, batch_sharding=self.batch_sharding
-        )
-        x = layer(kernel_init=small, name='hidden')(frequency_features(x))
-        return layer(kernel_init=last, name='out')(nn.silu(x))
 
 
 class Block(nn.Module):
@@ -166,47 +130,28 @@ class Block(nn.Module):
         return x + gate_m[:, None] * h, None
 
 
-class SiT(nn.Module):
+class SiT(conditions.ConditionedNetwork, kw_only=True):
     """Velocity network s(x_t, t, c, d, w).
 
-    Attributes:
-      num_classes: labels are 0 .. num_classes - 1; `num_classes` is the null label.
-      patch_size, hidden_size, depth, num_heads, mlp_ratio: see `PRESETS`.
-      dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
-      remat: which activations the backward pass keeps, a key of `REMAT_POLICIES`.
-      attention: a key of `ATTENTION_IMPLEMENTATIONS`.
+    Attributes, besides those of `ConditionedNetwork`:
+      patch_size, depth, num_heads, mlp_ratio: see `PRESETS`.
       unroll: blocks per iteration of the scan; larger values compile more slowly
         and run faster on a CPU.
-      step_embedding: how the network is conditioned on d: 'level' looks up -log2(d),
-        for steps that are powers of two; 'size' embeds any d smoothly, for methods that
-        draw d at random or differentiate with respect to it.
-      time_scale: factor on t and d before their sinusoids, which DiT designed for times
-        of 0 to 1000; MeanFlow uses 1, for small derivatives in t.
-      guidance_embedding: how the network is conditioned on w: 'scale' embeds w, 'ratio'
-        embeds w / (1 + w), which is less than 1 for any w.
-      interval_input: whether the network is conditioned on the guidance interval.
       velocity_head: number of last blocks that a second output, the velocity at t, does
         not share; 0 for no second output (improved MeanFlow, arXiv 2512.02012).
-      batch_sharding: devices that the batch is split over.
     """
 
-    num_classes: int
     patch_size: int
-    hidden_size: int
     depth: int
     num_heads: int
     mlp_ratio: float = 4.0
-    dtype: str = 'float32'
-    remat: str = 'none'
-    attention: str = 'auto'
     unroll: int = 1
-    step_embedding: str = 'level'
-    time_scale: float = 1000.0
-    guidance_embedding: str = 'scale'
-    interval_input: bool = False
     velocity_head: int = 0
-    batch_sharding: BatchSharding = BatchSharding()
     block = Block
+
+    def sizes(self) -> str:
+        """The sizes of the network, in words."""
+        return f'width {self.hidden_size}, {self.depth} layers, {self.num_heads} heads'
 
     @nn.compact
     def __call__(self, x, t, d, w, label, interval=None, with_velocity=False):
@@ -254,15 +199,6 @@ class SiT(nn.Module):
         condition = self.batch_sharding.constrain(condition)
         return x, nn.silu(condition).astype(dtype)
 
-    def _linear(self, features, name, **options):
-        options |= dict(dtype=jnp.dtype(self.dtype), batch_sharding=self.batch_sharding)
-        return Linear(features, name=name, **options)
-
-    def _scalar_embedding(self, name, zero_init=False):
-        return ScalarEmbedding(
-            self.hidden_size, zero_init, self.batch_sharding, name=name
-        )
-
     def _stack(self, name, length):
         """`length` blocks as a function of tokens and condition."""
         block = self.block
@@ -308,66 +244,8 @@ class SiT(nn.Module):
         x = x.reshape(batch, grid, grid, patch, patch, channels)
         return x.transpose(0, 1, 3, 2, 4, 5).reshape(shape).astype(jnp.float32)
 
-    def _condition(self, t, d, w, label, interval):
-        """Sum of the embeddings of all conditions, [B, hidden_size] float32."""
-        condition = self._time(t) + self._class(label) + self._step(d)
-        guidance = self._guidance(w)
-        if self.interval_input:
-            guidance += sum(self._interval(w, interval))
-        return condition + guidance
 
-    def _class(self, label):
-        init = nn.initializers.normal(0.02)
-        return nn.Embed(
-            self.num_classes + 1,
-            self.hidden_size,
-            embedding_init=init,
-            name='class_embedding',
-        )(label)
-
-    def _time(self, t):
-        return self._scalar_embedding('time_embedding')(t * self.time_scale)
-
-    def _step(self, d):
-        """Embedding of the step size, 0 where d = 0."""
-        if self.step_embedding == 'size':
-            step = self._scalar_embedding('step_embedding', zero_init=True)
-            return d[:, None] * step(d * self.time_scale)
-        # Row k is for d = 2^-k. A table instead of sinusoids: over so few levels most
-        # sinusoids are constant, so their updates add up (to about a hundred learning
-        # rates per step) and the embedding outgrows that of the class.
-        table = nn.Embed(
-            MAX_LEVELS,
-            self.hidden_size,
-            embedding_init=nn.initializers.zeros,
-            name='step_embedding',
-        )
-        level = jnp.round(-jnp.log2(jnp.where(d > 0, d, 1.0))).astype(jnp.int32)
-        return jnp.where(d[:, None] > 0, table(level), 0.0)
-
-    def _guidance(self, w):
-        """Embedding of the guidance scale, 0 where w = 0."""
-        return self._guided_embedding('guidance_embedding', w, self._strength(w))
-
-    def _interval(self, w, interval):
-        """Embeddings of the start and the end of guidance, 0 where w = 0."""
-        if interval is None:
-            interval = jnp.tile(jnp.array([[0.0, 1.0]]), (w.shape[0], 1))
-        return [
-            self._guided_embedding(f'interval_{name}_embedding', w, interval[:, column])
-            for column, name in enumerate(('start', 'end'))
-        ]
-
-    def _strength(self, w):
-        return w / (1 + w) if self.guidance_embedding == 'ratio' else w
-
-    def _guided_embedding(self, name, w, value):
-        """Embedding of a value, times the guidance."""
-        embedding = self._scalar_embedding(name, zero_init=True)
-        return self._strength(w)[:, None] * embedding(value * GUIDANCE_SCALE)
-
-
-class StepAndGuidance(SiT):
+class StepAndGuidance(SiT, kw_only=True):
     """The part of a SiT's condition that depends on d, w and the interval alone.
 
     Attributes and parameters are those of `SiT`.
@@ -382,21 +260,29 @@ class StepAndGuidance(SiT):
         return condition
 
 
-def num_parameters(model: SiT, image_shape: tuple[int, int, int]) -> int:
+def num_parameters(
+    model: conditions.ConditionedNetwork, image_shape: tuple[int, int, int]
+) -> int:
     """Number of parameters for images [H, W, C], without allocating any."""
     params = abstract_params(model, image_shape)
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def init_params(model: SiT, image_shape: tuple[int, int, int], key: jax.Array):
+def init_params(
+    model: conditions.ConditionedNetwork,
+    image_shape: tuple[int, int, int],
+    key: jax.Array,
+):
     """Initial float32 parameters for images [H, W, C]."""
     zeros = jnp.zeros((1,))
     x, label = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
-    options = dict(with_velocity=model.velocity_head > 0)
+    options = dict(with_velocity=True) if model.velocity_head else {}
     return model.init(key, x, zeros, zeros, zeros, label, **options)['params']
 
 
-def abstract_params(model: SiT, image_shape: tuple[int, int, int]):
+def abstract_params(
+    model: conditions.ConditionedNetwork, image_shape: tuple[int, int, int]
+):
     """Shapes of the parameters (`jax.ShapeDtypeStruct`), without allocating any."""
     # The shapes do not depend on the attention kernel, which may be missing here.
     model = dataclasses.replace(model, attention='xla')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from random_network import SHAPE, SMALL, random_inputs, random_params
 
-from ism_jax.models import in_context, sit
+from ism_jax.models import conditions, in_context, sit
 
 TOKENS = 8 + 4 + 4 + 16
 
@@ -66,7 +66,7 @@ def test_blocks_are_those_of_the_paper():
     assert np.abs(np.asarray(ours) - h).max() > 0.1
 
 
-@pytest.mark.parametrize('step_embedding', sit.STEP_EMBEDDINGS)
+@pytest.mark.parametrize('step_embedding', conditions.STEP_EMBEDDINGS)
 def test_every_condition_acts_and_vanishes_where_it_should(step_embedding):
     model = _model(step_embedding=step_embedding, interval_input=True)
     params = random_params(model)

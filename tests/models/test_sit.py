@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from random_network import SHAPE, SMALL, random_inputs, random_params
 
-from ism_jax.models import in_context, sit
+from ism_jax.models import conditions, in_context, sit
 
 
 def _numpy_sit(params, x, t, label, *, patch, heads):
@@ -84,7 +84,7 @@ def test_at_d_0_and_w_0_it_is_a_sit():
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize('step_embedding', sit.STEP_EMBEDDINGS)
+@pytest.mark.parametrize('step_embedding', conditions.STEP_EMBEDDINGS)
 @pytest.mark.parametrize('d,w', [(0.5, 0.0), (0.0, 1.5)])
 def test_d_and_w_have_no_effect_at_initialisation_and_can_learn_one(
     d, w, step_embedding
@@ -131,7 +131,7 @@ def test_size_embedding_is_smooth_in_d():
     np.testing.assert_array_equal(at_zero, without)
 
 
-@pytest.mark.parametrize('embedding', sit.GUIDANCE_EMBEDDINGS)
+@pytest.mark.parametrize('embedding', conditions.GUIDANCE_EMBEDDINGS)
 def test_the_interval_acts_with_guidance_only(embedding):
     model = sit.SiT(**SMALL, interval_input=True, guidance_embedding=embedding)
     params = random_params(model)
@@ -152,7 +152,7 @@ def test_the_interval_acts_with_guidance_only(embedding):
 
 def test_the_ratio_embedding_saturates_for_large_guidance():
     outs = {}
-    for embedding in sit.GUIDANCE_EMBEDDINGS:
+    for embedding in conditions.GUIDANCE_EMBEDDINGS:
         model = sit.SiT(**SMALL, guidance_embedding=embedding)
         params = random_params(model)
         outs[embedding] = [
