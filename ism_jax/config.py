@@ -111,7 +111,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     'log.every': (100, 'steps between logs of scalars'),
     'log.parameters': (True, 'print a table of all parameters at the start'),
     'log.writer': ('tensorboard', "where records go, joined by commas: 'tensorboard', 'jsonl', 'wandb', 'mlflow'; '' for nowhere"),
-    'log.grid_every': (10_000, 'steps between grids of samples; 0 for none'),
+    'log.grid_every': (10_000, 'steps between grids of samples; 0 for none, and no samples.png at the end'),
     'log.grid_columns': (10, 'columns of a grid'),
     'log.grid_steps': ((1, 4), 'numbers of sampling steps, one grid for each'),
     'log.grid_guidance': (1.0, 'guidance scale w of the grids'),

@@ -10,6 +10,7 @@ import math
 
 from ism_jax import config as config_lib
 from ism_jax import objectives
+from ism_jax.evaluation import sample_scorer
 from ism_jax.method import time_grid, wavelet
 from ism_jax.models import conditions, sit
 from ism_jax.training import optimizer, writers
@@ -615,6 +616,12 @@ def check_source(config, source) -> None:
         raise ValueError(
             f'{" and ".join(fields)} needs the labels before the images are read, and '
             f'{source!r} has none; prepare latents, use a folder or keep the default'
+        )
+    if config.scores.enabled and len(source) < sample_scorer.MIN_REAL_IMAGES:
+        raise ValueError(
+            f'scores.enabled = True, but {source!r} has fewer than '
+            f'{sample_scorer.MIN_REAL_IMAGES} images to score against; add images, or '
+            'set scores.enabled = False'
         )
 
 

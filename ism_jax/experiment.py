@@ -366,15 +366,29 @@ class Experiment:
         )
 
     def grid_options(self) -> dict:
-        """Options of `loop.draw_grids`; the noise has its own random stream."""
-        key = jax.random.key(self.config.seed)
+        """Options of `loop.draw_grids`."""
         return dict(
-            key=random_streams.stream(key, random_streams.SAMPLES, 0),
+            key=self._samples_key,
             num_classes=self.num_classes,
             steps=self.config.log.grid_steps,
             guidance=self.config.log.grid_guidance,
             columns=self.config.log.grid_columns,
         )
+
+    def table_options(self) -> dict:
+        """Options of `loop.draw_table`."""
+        return dict(
+            key=self._samples_key,
+            num_classes=self.num_classes,
+            steps=self.config.sample.steps,
+            guidance=self.config.sample.guidance,
+        )
+
+    @property
+    def _samples_key(self):
+        """Key of the noise of grids and tables; it has its own random stream."""
+        key = jax.random.key(self.config.seed)
+        return random_streams.stream(key, random_streams.SAMPLES, 0)
 
 
 def make_source(config) -> Source:

@@ -19,7 +19,7 @@ import numpy as np
 from ism_jax import config_check, trained_network
 from ism_jax.data import pixels
 from ism_jax.runtime import command_line, files, paths
-from ism_jax.sampling import image_grid
+from ism_jax.sampling import image_grid, sample_table
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
@@ -76,22 +76,15 @@ def sample_grid(
     objective = experiment.objective
     config_check.check_guidance(objective, guidance)
     config_check.check_interval(objective, interval)
-    schedules = [objective.schedule(schedule) for schedule in schedules]
-    batch_size = min(run.config.sample.batch_size, len(labels))
-    sampler = experiment.make_sampler(batch_size)
-
-    def cell(schedule, w):
-        batches = sampler.batches(
-            run.params,
-            jax.random.key(seed),
-            labels,
-            guidance=w,
-            schedule=schedule,
-            interval=interval,
-        )
-        return np.concatenate([np.asarray(images) for images, _ in batches])
-
-    return np.stack([[cell(s, w) for w in guidance] for s in schedules])
+    return sample_table.draw(
+        experiment.make_sampler(),
+        run.params,
+        jax.random.key(seed),
+        labels,
+        schedules=[objective.schedule(schedule) for schedule in schedules],
+        guidance=guidance,
+        interval=interval,
+    )
 
 
 def write_samples(
@@ -131,13 +124,8 @@ def write_samples(
                 image_grid.grid(cell, columns, scale=scale),
                 settings | {'schedule': schedule, 'guidance': w},
             )
-    table = image_grid.steps_by_guidance_figure(
-        images,
-        [len(schedule) for schedule in schedules],
-        guidance,
-        columns=min(5, columns),
-        scale=scale,
-    )
+    steps = [len(schedule) for schedule in schedules]
+    table = sample_table.picture(images, steps, guidance)
     image_grid.write_png(out / 'grid.png', table, settings)
 
 

@@ -41,7 +41,7 @@ from ism_jax.runtime import (
     watchdog,
 )
 from ism_jax.training import checkpoint, loop, profiler, train_state, writers
-from ism_jax.training.progress import Progress, parameter_table
+from ism_jax.training.progress import Progress, closing_text, parameter_table
 
 
 def train(
@@ -54,7 +54,7 @@ def train(
     """Trains a config, from the latest checkpoint in `workdir` if there is one.
 
     Writes to `workdir`: `checkpoints/`, `run.json`, `tensorboard/`, `grids/`,
-    `scores.json`, and `potentials.npz` with semidiscrete transport.
+    `samples.png`, `scores.json`, and `potentials.npz` with semidiscrete transport.
 
     Args:
       config: see `ism_jax.config`.
@@ -119,7 +119,9 @@ def _train(config, workdir: paths.Path, held, requests, on_samples, tracer):
     for line in (*cost.summary(experiment, workdir), *origin, *changes):
         progress.show(line)
     sampler = experiment.make_sampler()
-    scorer = experiment.make_scorer(sampler, workdir, progress.show)
+    make_scorer = functools.cache(
+        lambda: experiment.make_scorer(sampler, workdir, progress.show)
+    )
     stuck = watchdog.Watchdog(config.train.stuck_after_seconds)
     held.callback(stuck.stop)
     state = loop.run(
@@ -135,8 +137,8 @@ def _train(config, workdir: paths.Path, held, requests, on_samples, tracer):
             checkpointer=checkpointer,
             loader=loader,
             config=config_lib.to_dict(config),
-            scorer=scorer,
-            samples=config.scores.checkpoint_samples,
+            make_scorer=make_scorer,
+            samples=config.scores.enabled and config.scores.checkpoint_samples,
             progress=progress,
         ),
         draw_grids=functools.partial(
@@ -154,9 +156,13 @@ def _train(config, workdir: paths.Path, held, requests, on_samples, tracer):
     )
     checkpointer.close()
     requests.nothing_to_save()
-    if scorer:
+    if scorer := make_scorer():
         progress.show('scoring samples')
         experiment.score(scorer, state, workdir, progress.show)
+    if config.log.grid_every:
+        options = experiment.table_options()
+        loop.draw_table(state, sampler=sampler, progress=progress, **options)
+    progress.show(closing_text(workdir))
     return state
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-import types
 
 import pytest
 
@@ -208,6 +207,10 @@ def test_devices_that_do_not_fit_are_refused(change, devices, processes, message
         config_check.check_devices(config, devices, processes)
 
 
+class _Source(list):
+    """A source of images, of which only the number is known."""
+
+
 @pytest.mark.parametrize(
     'change, message',
     [
@@ -220,9 +223,18 @@ def test_devices_that_do_not_fit_are_refused(change, devices, processes, message
 )
 def test_sources_without_labels_are_refused(change, message):
     config = config_lib.default()
-    source = types.SimpleNamespace()
+    source = _Source(range(20))
     config_check.check_source(config, source)
     config.update_from_flattened_dict(change)
     with pytest.raises(ValueError, match=message):
         config_check.check_source(config, source)
-    config_check.check_source(config, types.SimpleNamespace(labels=[0]))
+    source.labels = [0] * 20
+    config_check.check_source(config, source)
+
+
+def test_too_few_images_for_scores_are_refused_before_training():
+    config = config_lib.default()
+    with pytest.raises(ValueError, match='fewer than 20 images.*scores.enabled'):
+        config_check.check_source(config, _Source(range(19)))
+    config.scores.enabled = False
+    config_check.check_source(config, _Source(range(19)))

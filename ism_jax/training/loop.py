@@ -13,6 +13,7 @@ from ism_jax.data.pool_loader import PoolLoader
 from ism_jax.runtime import distributed, files, paths
 from ism_jax.runtime.preemption import Requests
 from ism_jax.runtime.watchdog import Watchdog
+from ism_jax.sampling import sample_table
 from ism_jax.training.checkpoint import Checkpointer
 from ism_jax.training.paired_pool import Pool
 from ism_jax.training.profiler import Profiler
@@ -196,7 +197,7 @@ def save(
     checkpointer: Checkpointer,
     loader: PoolLoader,
     config: dict,
-    scorer,
+    make_scorer: Callable[[], Any],
     samples: int,
     progress: Progress,
     hurry: bool = False,
@@ -208,17 +209,18 @@ def save(
       checkpointer: saves it.
       loader: its position is saved.
       config: config of the run, JSON-able.
-      scorer: a `SampleScorer`, or None.
+      make_scorer: returns a `SampleScorer`; its classifier trains for a while, so it
+        waits until a score is needed.
       samples: number of samples for the score, the Frechet distance in 4 steps without
-        guidance; if 0, or without a scorer, the score is the mean loss.
+        guidance; if 0, the score is the mean loss.
       progress: reports the score.
       hurry: skips the score, and returns only when everything is saved.
     """
     score = progress.loss
-    if scorer and samples and hurry:
+    if samples and hurry:
         score = float('inf')  # Not compared with others.
-    elif scorer and samples:
-        score = scorer(state.infer, steps=4, guidance=0.0, samples=samples)['fd']
+    elif samples:
+        score = make_scorer()(state.infer, steps=4, guidance=0.0, samples=samples)['fd']
         progress.show(
             f'step {int(state.step)}: Frechet distance in 4 steps {score:.3f}'
         )
@@ -227,6 +229,24 @@ def save(
     checkpointer.save(state, position, config, score)
     if hurry:
         checkpointer.close()
+
+
+def draw_table(
+    state: TrainState,
+    *,
+    sampler,
+    key: jax.Array,
+    num_classes: int,
+    steps: tuple[int, ...],
+    guidance: tuple[float, ...],
+    progress: Progress,
+) -> None:
+    """Records a table of samples of up to ten classes, steps by guidance scale."""
+    labels = np.arange(min(num_classes, 10))
+    images = sample_table.draw(
+        sampler, state.infer, key, labels, schedules=steps, guidance=guidance
+    )
+    progress.table(images, steps, guidance)
 
 
 def draw_grids(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 import contextlib
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -10,8 +12,9 @@ import jax
 import numpy as np
 import tqdm
 
+from ism_jax.data import pixels
 from ism_jax.runtime import paths
-from ism_jax.sampling import image_grid
+from ism_jax.sampling import image_grid, sample_table
 
 
 class Progress:
@@ -123,6 +126,14 @@ class Progress:
         for writer in self._writers:
             self._record(writer.picture, step, name, picture)
 
+    def table(self, images: np.ndarray, steps, guidance) -> None:
+        """Writes `samples.png`, a table from `sample_table.draw`, unless latents."""
+        if not self._writes or images.shape[-1] not in (1, 3):
+            return
+        images = pixels.to_uint8(np.nan_to_num(images))
+        picture = sample_table.picture(images, steps, guidance)
+        self._record(image_grid.write_png, self._workdir / 'samples.png', picture)
+
     def close(self) -> None:
         """Closes the bar and the writers."""
         if self._writes:
@@ -146,3 +157,34 @@ def parameter_table(params) -> str:
     return parameter_overview.get_parameter_overview(
         params, include_stats='sharding' if several else False
     )
+
+
+# What a run writes to its folder, and what it is.
+WRITTEN = {
+    'samples.png': 'samples by number of steps and guidance scale',
+    'scores.json': 'scores of such samples',
+    'grids': 'samples during training',
+    'tensorboard': 'losses and speed during training',
+    'checkpoints': 'the network',
+}
+NEXT_COMMANDS = (
+    'sample --workdir {} --steps 1,4 --labels 0-9 --out samples',
+    'evaluate --workdir {}',
+    'diagnose --workdir {}',
+)
+
+
+def closing_text(workdir: Path) -> str:
+    """Says what a finished run has written, and what to do with it."""
+    python = Path(sys.executable)
+    # The interpreter of a local environment, which need not be activated.
+    inside = python.is_relative_to(Path.cwd())
+    python = python.relative_to(Path.cwd()) if inside else 'python'
+    quoted = shlex.quote(str(workdir))
+    lines = [
+        f'{workdir} now holds:',
+        *(f'  {n:12} {what}' for n, what in WRITTEN.items() if (workdir / n).exists()),
+        'next:',
+        *(f'  {python} -m ism_jax.{rest.format(quoted)}' for rest in NEXT_COMMANDS),
+    ]
+    return '\n'.join(lines)

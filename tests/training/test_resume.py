@@ -180,6 +180,12 @@ def test_what_a_run_leaves_behind(tmp_path, capsys):
     train.train(config, tmp_path)
     shown = capsys.readouterr().out
     assert 'Total: ' in shown and 'SiT' in shown and 'images/s' in shown
+    # The last lines say what was written, and what to do next.
+    for name in ('samples.png', 'scores.json', 'grids', 'checkpoints'):
+        assert (tmp_path / name).exists() and f'\n  {name} ' in shown
+    *_, sample, evaluate, diagnose = shown.strip().splitlines()
+    for name, line in dict(sample=sample, evaluate=evaluate, diagnose=diagnose).items():
+        assert f'-m ism_jax.{name} --workdir {tmp_path}' in line
     records = json.loads((tmp_path / 'scores.json').read_text())
     assert {(r['steps'], r['guidance']) for r in records} == {
         (s, w) for s in (1, 2) for w in (0.0, 1.0)
@@ -302,7 +308,7 @@ def test_grids_draw_their_noise_from_their_own_stream(tmp_path, monkeypatch):
     train.train(_config(**{'train.steps': 2, 'log.grid_every': 2}), tmp_path)
     seed_key = jax.random.key(0)
     own = random_streams.stream(seed_key, random_streams.SAMPLES, 0)
-    assert len(keys) == 2
+    assert len(keys) == 2 + 2 * 2  # Grids, and the cells of the table at the end.
     for key in keys:
         assert jax.random.key_data(key).tolist() == jax.random.key_data(own).tolist()
     domains = [getattr(random_streams, n) for n in ('INIT', 'OBJECTIVE', 'NOISE')]
