@@ -31,7 +31,7 @@ from ism_jax import config_check, cost
 from ism_jax.experiment import Experiment
 from ism_jax.interchange import named_tensors
 from ism_jax.models import dinov2, efficientnet_lite, inception, vae
-from ism_jax.runtime import command_line, files, paths, provenance
+from ism_jax.runtime import command_line, files, paths, provenance, traced_flops
 from ism_jax.sampling import image_grid
 from ism_jax.training import ema, paired_pool
 
@@ -366,7 +366,7 @@ def measure_networks(
     records = []
     for name, (function, *args) in calls.items():
         median = float(np.median(seconds[name]))
-        teraflops = cost.count_flops(function, *args) / median / 1e12
+        teraflops = traced_flops.count_flops(function, *args) / median / 1e12
         rate = {'images_per_second': batch_size / median, 'teraflops': teraflops}
         records.append({'name': name} | rate)
     return records

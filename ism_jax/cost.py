@@ -6,24 +6,26 @@ The bytes of the state follow from its shapes and the rule of `sharding`, those 
 activations from what differentiation keeps, the FLOPs from the traced step.
 """
 
-from collections.abc import Callable
 import dataclasses
 import math
 import os
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from ism_jax import config_check
 from ism_jax.experiment import Experiment
 from ism_jax.method import loss_distance
 from ism_jax.method.training_batch import Batch
 from ism_jax.models import sit
-from ism_jax.runtime import sharding
+from ism_jax.runtime import chips, sharding, traced_flops
 
-# TFLOP/s that a device is assumed to sustain: 40 % of an H100's peak in bfloat16.
-DEFAULT_TFLOPS = 400.0
+# Fraction of a chip's peak that hours of training assume if none is given. Large
+# transformers reach 30 to 60 %.
+ASSUMED_UTILISATION = 0.4
+# By which the predicted memory may differ from that of the compiled program.
+PREDICTION_ERROR = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Plan:
     Attributes:
       devices: number of devices.
       parameters: number of parameters.
-      bytes_per_device: by name: the trees of the state, the gradient, what is kept
-        for the backward pass, and a pool; without XLA's workspace.
+      bytes_per_device: by name: what is in memory in the middle of the backward pass,
+        when a step needs most. See `bytes_per_device`.
       flops_per_step: FLOPs on all devices, without the recomputation of remat.
       steps: number of training steps.
     """
@@ -45,13 +47,26 @@ class Plan:
     flops_per_step: int
     steps: int
 
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes per device in the middle of the backward pass."""
+        return sum(self.bytes_per_device.values())
+
     def hours(self, tflops: float) -> float:
         """Hours of training if each device sustains this number of TFLOP/s."""
         return self.steps * self.flops_per_step / (self.devices * tflops * 3.6e15)
 
 
-def make_plan(config, devices: int, num_classes: int) -> Plan:
+def make_plan(
+    config, devices: int, num_classes: int, chip: chips.Chip | None = None
+) -> Plan:
     """The plan of a config whose mesh is filled with `devices` devices.
+
+    Args:
+      config: a validated config.
+      devices: number of devices.
+      num_classes: number of classes of the data.
+      chip: what the devices are; None for a GPU or a CPU.
 
     Raises:
       ValueError: the mesh does not divide the devices.
@@ -74,35 +89,66 @@ def make_plan(config, devices: int, num_classes: int) -> Plan:
     return Plan(
         devices=devices,
         parameters=sit.num_parameters(experiment.model, shape),
-        bytes_per_device=bytes_per_device(experiment),
+        bytes_per_device=bytes_per_device(experiment, chip and chip.is_tpu),
         flops_per_step=step_flops(experiment),
         steps=config.train.steps,
     )
 
 
-def bytes_per_device(experiment: Experiment) -> dict[str, int]:
-    """See `Plan`."""
+def bytes_per_device(experiment: Experiment, is_tpu: bool) -> dict[str, int]:
+    """Bytes on each device in the middle of the backward pass, by name.
+
+    Calibrated with the programs of docs/performance.md: the arguments of a step stay in
+    memory, and to them XLA adds the gradient, the activations that are kept, and the
+    workspace of one layer. For TPUs it also converts all parameters to the dtype of the
+    computation before the loops over the layers; for GPUs each layer when it is used.
+    """
     config, mesh = experiment.config, experiment.mesh
-    trees = _trees(experiment)
+    trees = _trees(experiment, is_tpu)
     sizes = {name: tree_bytes(tree, mesh) for name, tree in trees.items()}
     batch = config.train.batch_size // config.train.accumulate
     kept = activation_bytes(experiment)
     sizes['kept for the backward pass'] = math.ceil(kept * batch / mesh.size)
+    sizes['workspace of a layer'] = math.ceil(_layer_bytes(experiment, batch))
     pool = experiment.pool_batches * config.train.batch_size
     values = math.prod(experiment.image_shape) + 2  # Plus label and noise index.
     sizes['pool'] = math.ceil(pool * values * 4 / mesh.size)
     return sizes
 
 
-def _trees(experiment: Experiment) -> dict:
-    """Shapes of the trees that training keeps, and of a gradient."""
+def _layer_bytes(experiment: Experiment, batch: int) -> float:
+    """Bytes that the backward pass of one layer needs besides what is kept.
+
+    The attention scores and their gradient, in float32 unless the attention is fused;
+    and the hidden layer of the MLP and its gradient.
+    """
+    model, (side, *_) = experiment.model, experiment.image_shape
+    tokens = (side // model.patch_size) ** 2
+    scores = 4 * model.num_heads * tokens**2 if model.attention != 'cudnn' else 0
+    width = jnp.dtype(model.dtype).itemsize * model.hidden_size
+    hidden = model.mlp_ratio * width * tokens
+    return 2 * (scores + hidden) * batch / experiment.mesh.size
+
+
+def _trees(experiment: Experiment, is_tpu: bool) -> dict:
+    """Shapes of the trees in memory during a backward pass."""
+    params = sit.abstract_params(experiment.model, experiment.image_shape)
+    dtype = jnp.dtype(experiment.model.dtype)
+    converted = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
+    return _state_trees(experiment) | {
+        'converted parameters': converted if is_tpu and dtype != jnp.float32 else {},
+        'gradient': params,
+    }
+
+
+def _state_trees(experiment: Experiment) -> dict:
+    """Shapes of the trees that training keeps."""
     params = sit.abstract_params(experiment.model, experiment.image_shape)
     return {
         'parameters': params,
         'optimizer': jax.eval_shape(experiment.optimizer.init, params),
         'target EMA': params if experiment.config.ema.twin else {},
         'inference EMA': params,
-        'gradient': params,
     }
 
 
@@ -146,7 +192,7 @@ def step_flops(experiment: Experiment) -> int:
     )
     batch = _smallest_batch(experiment)
     loss, args = _loss(counted, batch)
-    operations = count_flops(jax.grad(loss), args[0], *args)
+    operations = traced_flops.count_flops(jax.grad(loss), args[0], *args)
     return operations * config.train.batch_size // batch
 
 
@@ -193,7 +239,7 @@ def check_memory(experiment: Experiment) -> None:
     if limit is None and device.platform == 'cpu':
         limit = _machine_bytes()
         owner, devices = 'the machine has', len(mesh.local_devices)
-    trees = _trees(experiment).values()
+    trees = _state_trees(experiment).values()
     needed = devices * sum(tree_bytes(tree, mesh) for tree in trees)
     if limit and needed > limit:
         raise ValueError(
@@ -221,26 +267,89 @@ def _machine_bytes() -> int:
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
-def format_plan(plan: Plan, tflops: float) -> str:
-    """The plan as text."""
+def format_plan(plan: Plan, chip: chips.Chip, tflops: float | None = None) -> str:
+    """The plan for a chip as text.
+
+    Args:
+      plan: see `make_plan`.
+      chip: the chip, for its memory and its peak.
+      tflops: TFLOP/s that a chip is assumed to sustain; None for
+        `ASSUMED_UTILISATION` of its peak.
+    """
+    tflops = tflops or ASSUMED_UTILISATION * chip.tflops
     sizes = plan.bytes_per_device
     width = max(map(len, sizes)) + 2
     lines = [
-        f'{plan.parameters:,} parameters, {plan.devices} devices; GiB per device:',
+        f'{plan.parameters:,} parameters, {plan.devices} x {chip.name}; predicted GiB '
+        'per chip in the middle of the backward pass:',
         *(f'  {name:{width}}{size / 2**30:8.2f}' for name, size in sizes.items()),
-        f'  {"total":{width}}{sum(sizes.values()) / 2**30:8.2f}',
+        f'  {"total":{width}}{plan.peak_bytes / 2**30:8.2f} of '
+        f'{chip.memory / 2**30:.2f} that a program can use',
         f'{plan.flops_per_step / 1e12:.1f} TFLOP per step, '
-        f'{plan.flops_per_step * plan.steps / 1e18:.1f} EFLOP in {plan.steps:,} steps: '
-        f'{plan.hours(tflops):.1f} hours if a device sustains {tflops:g} TFLOP/s',
+        f'{plan.flops_per_step * plan.steps / 1e18:.1f} EFLOP in {plan.steps:,} steps; '
+        f'estimated {plan.hours(tflops):.1f} hours if a chip sustains {tflops:.0f} '
+        f'TFLOP/s ({tflops / chip.tflops:.0%} of its peak)',
     ]
     return '\n'.join(lines)
+
+
+def report(
+    config, devices: int, chip: chips.Chip, num_classes: int, tflops: float | None
+) -> str:
+    """The plan of a config as text, with advice if it does not fit."""
+    plan = make_plan(config, devices, num_classes, chip)
+    text = format_plan(plan, chip, tflops)
+    if plan.peak_bytes > chip.memory:
+        text += '\nit does not fit: '
+        text += advice(config, devices, num_classes, chip)
+    return text
+
+
+def advice(config, devices: int, num_classes: int, chip: chips.Chip) -> str:
+    """One sentence: which fields make a run fit that does not, by prediction.
+
+    Args:
+      config: a validated config that does not fit.
+      devices, num_classes, chip: see `make_plan`.
+    """
+    for fields in _smaller_runs(config, devices):
+        other = config.copy_and_resolve_references()
+        with other.unlocked():
+            other.update_from_flattened_dict(fields)
+        try:
+            config_check.validate(other)
+            config_check.check_devices(other, devices, 1)
+        except ValueError:
+            continue
+        needed = make_plan(other, devices, num_classes, chip).peak_bytes
+        if needed < (1 - PREDICTION_ERROR) * chip.memory:
+            changes = ' and '.join(f'{k} = {v!r}' for k, v in fields.items())
+            return f'set {changes}: predicted {needed / 2**30:.1f} GiB'
+    return (
+        'no mesh of this many chips fits it: use more chips, or a smaller model.depth'
+    )
+
+
+def _smaller_runs(config, devices: int):
+    """Changes of a config that save memory, the cheapest in time first."""
+    splits = [n for n in range(config.mesh.fsdp, devices + 1) if devices % n == 0]
+    for accumulate in (1, 2, 4, 8):
+        for fsdp in splits:
+            fields = {}
+            if fsdp != config.mesh.fsdp:
+                fields |= {'mesh.data': -1, 'mesh.fsdp': fsdp}
+            if accumulate > 1:
+                fields['train.accumulate'] = accumulate * config.train.accumulate
+            if fields:
+                yield fields
 
 
 def summary(experiment: Experiment, workdir) -> list[str]:
     """Lines that describe the run, to print at its start."""
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     count = sit.num_parameters(model, experiment.image_shape)
-    memory = sum(bytes_per_device(experiment).values())
+    is_tpu = mesh.devices.flat[0].platform == 'tpu'
+    memory = sum(bytes_per_device(experiment, is_tpu).values())
     return [
         f'network:   {type(model).__name__}, {count:,} parameters, {model.sizes()}, '
         f'patch {model.patch_size}, {model.dtype}',
@@ -248,56 +357,9 @@ def summary(experiment: Experiment, workdir) -> list[str]:
         f'mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}',
         f'data:      {experiment.source!r}',
         f'           {experiment.num_classes} classes, images {experiment.image_shape}',
-        f'memory:    {memory / 2**30:.2f} GiB per device, without the workspace of '
-        'XLA (--plan has the details)',
+        f'memory:    {memory / 2**30:.2f} GiB per device predicted (--plan has the '
+        'details)',
         f'objective: {config.objective.name}, {config.train.steps} steps of '
         f'{config.train.batch_size}',
         f'workdir:   {workdir}',
     ]
-
-
-def count_flops(function: Callable, *args) -> int:
-    """FLOPs of one call; `args` are arrays or their `jax.ShapeDtypeStruct`.
-
-    Raises:
-      ValueError: a loop of unknown length contains matrix products.
-    """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def _count(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        inner = [_count(part) for part in _jaxprs(params)]
-        if name == 'dot_general':
-            contracted, _ = params['dimension_numbers'][0]
-            shape = equation.invars[0].aval.shape
-            depth = math.prod(shape[axis] for axis in contracted)
-            total += 2 * equation.outvars[0].aval.size * depth
-        elif name == 'conv_general_dilated':
-            kernel = equation.invars[1].aval
-            features = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
-            total += 2 * equation.outvars[0].aval.size * kernel.size // features
-        elif name == 'scan':
-            total += params['length'] * sum(inner)
-        elif name == 'cond':
-            total += max(inner)
-        elif name == 'while' and sum(inner):
-            raise ValueError(
-                'a while loop of unknown length contains matrix products; count a '
-                'function without it'
-            )
-        else:
-            total += sum(inner)
-    return total
-
-
-def _jaxprs(params):
-    """The jaxprs that a primitive calls."""
-    for value in params.values():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(part, core.ClosedJaxpr):
-                yield part.jaxpr
-            elif isinstance(part, core.Jaxpr):
-                yield part

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 
@@ -149,6 +150,54 @@ class Experiment:
             self.mesh,
             twin_ema=self.config.ema.twin,
         )
+
+    def abstract_state(self) -> train_state.TrainState:
+        """The shapes and shardings of a train state, for a mesh that cannot run."""
+        return train_state.abstract(
+            lambda: sit.init_params(self.model, self.image_shape, jax.random.key(0)),
+            self.optimizer,
+            self.mesh,
+            twin_ema=self.config.ema.twin,
+        )
+
+    def abstract_pool(self) -> paired_pool.Pool:
+        """The shapes and shardings of a pool."""
+        shape = self.pool_batches, self.config.train.batch_size
+        split = pool_shardings(self.mesh)
+        array = jax.ShapeDtypeStruct
+        return paired_pool.Pool(
+            array((*shape, *self.image_shape), jnp.float32, sharding=split.data),
+            array(shape, jnp.int32, sharding=split.labels),
+            array(shape, jnp.int32, sharding=split.noise_index),
+            array((), jnp.int32, sharding=split.number),
+        )
+
+    def lower_programs(self) -> dict[str, jax.stages.Lowered]:
+        """The programs of a run on the mesh, ready to compile, by name.
+
+        The train step, the coupling of a pool if there is one on the devices, and the
+        sampler, without the autoencoder, with the config's largest number of steps.
+        """
+        state, pool = self.abstract_state(), self.abstract_pool()
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = self.compile_train_step(shardings)
+        programs = {'train step': step.lower(state, pool, key)}
+        if self.coupling is not None and not self.is_semidiscrete:
+            programs['coupling of a pool'] = jax.jit(self._couple).lower(pool, key)
+        sampler = Sampler(
+            self.objective,
+            self.apply,
+            self.image_shape,
+            batch_size=self.config.sample.batch_size,
+        )
+        programs['sampler'] = sampler.lower(state.infer, max(self.config.sample.steps))
+        return programs
+
+    def _couple(self, pool, key):
+        """Pairs a pool's data with noise."""
+        data = pool.data.reshape(-1, *self.image_shape)
+        return self.coupling(data, pool.labels.reshape(-1), key)
 
     def compile_train_step(self, shardings):
         """`train_step` for the mesh: (state, pool, seed_key) -> state, metrics.

@@ -8,8 +8,10 @@ config and shrinks the rest to a minute on a CPU.
 `--config.train.init_from=FOLDER` starts a new run from a network that
 `ism_jax.convert` wrote, such as a pretrained SiT; a resumed run ignores it.
 
-`--plan` only prints what the run needs on `--plan_devices` devices: memory, FLOPs and
-hours. It opens no data and needs no such devices.
+`--plan` only predicts what the run needs on `--plan_devices` chips of `--plan_chip`:
+memory, FLOPs and hours. With `--topology=v5p:2x2x4` or `--topology=h100:8` it also
+compiles the run's programs for these chips and prints their memory, FLOPs, bytes and
+collectives. It opens no data and needs no such chips.
 
 `--profile FROM:TO` writes a trace of the steps after FROM, up to TO, for xprof.
 """
@@ -27,8 +29,8 @@ from ml_collections import config_flags
 import numpy as np
 import tqdm
 
+from ism_jax import compiled_plan, config_check, cost, trained_network
 from ism_jax import config as config_lib
-from ism_jax import config_check, cost, trained_network
 from ism_jax.data.source import CorruptImageError
 from ism_jax.experiment import Experiment
 from ism_jax.runtime import (
@@ -171,8 +173,7 @@ def run_flags():
     config = command_line.required_config(FLAGS.config)
     if FLAGS.plan:
         config_check.validate(config)
-        plan = cost.make_plan(config, FLAGS.plan_devices, FLAGS.plan_classes)
-        print(cost.format_plan(plan, FLAGS.plan_tflops))
+        compiled_plan.run_flags(FLAGS, config)
         return
     workdir = FLAGS.workdir
     if not workdir:
@@ -190,12 +191,7 @@ if __name__ == '__main__':
         'workdir', None, 'Folder of the run, local or gs://; runs/CONFIG by default.'
     )
     flags.DEFINE_string('profile', '', 'FROM:TO, the steps to trace for xprof.')
-    flags.DEFINE_bool('plan', False, 'Only print what the run needs.')
-    flags.DEFINE_integer('plan_devices', 8, 'Devices to plan for.', lower_bound=1)
-    flags.DEFINE_integer('plan_classes', 1000, 'Classes of the data.', lower_bound=1)
-    flags.DEFINE_float(
-        'plan_tflops', cost.DEFAULT_TFLOPS, 'TFLOP/s that a device sustains.'
-    )
+    compiled_plan.define_flags()
     distributed.define_flags()
     command_line.run(
         run_flags,

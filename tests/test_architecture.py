@@ -19,7 +19,7 @@ COMMANDS = (
 LAYERS = (
     COMMANDS,
     ('__init__', 'config', 'config_check', 'resolved_config', 'experiment',
-     'trained_network', 'generator', 'sharing', 'model_card', 'cost',
+     'trained_network', 'generator', 'sharing', 'model_card', 'cost', 'compiled_plan',
      'recipe_search', 'entry_points'),
     ('training', 'sampling', 'evaluation', 'diagnosis', 'interchange'),
     ('objectives', 'transport', 'data'),

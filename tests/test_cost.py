@@ -1,5 +1,6 @@
 """Plans and counts, compared with XLA's and with counts by hand."""
 
+import dataclasses
 import functools
 import importlib.util
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from ism_jax import config as config_lib
 from ism_jax import cost, experiment
 from ism_jax.models import sit
+from ism_jax.runtime import chips, traced_flops
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('imagenet*_xl2.py'))
@@ -28,28 +30,28 @@ def _get_config(name, *args):
 
 def test_products_are_counted_where_they_stand():
     a, b = jnp.zeros((3, 4)), jnp.zeros((4, 5))
-    assert cost.count_flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
+    assert traced_flops.count_flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
     batched = jnp.zeros((7, 3, 4)), jnp.zeros((7, 4, 5))
-    assert cost.count_flops(jax.jit(jnp.matmul), *batched) == 7 * 2 * 3 * 4 * 5
+    assert traced_flops.count_flops(jax.jit(jnp.matmul), *batched) == 7 * 2 * 3 * 4 * 5
 
     def repeated(x):
         return jax.lax.scan(lambda c, _: (c @ x, None), x, length=6)[0]
 
     square = jnp.zeros((4, 4))
-    assert cost.count_flops(repeated, square) == 6 * 2 * 4**3
+    assert traced_flops.count_flops(repeated, square) == 6 * 2 * 4**3
     # The backward pass has two products for each.
     gradient = jax.grad(lambda x: repeated(x).sum())
-    assert cost.count_flops(gradient, square) == 18 * 2 * 4**3
+    assert traced_flops.count_flops(gradient, square) == 18 * 2 * 4**3
     remat = jax.checkpoint(lambda x: jnp.sin(x @ x))
-    assert cost.count_flops(remat, square) == 2 * 4**3
+    assert traced_flops.count_flops(remat, square) == 2 * 4**3
     image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
     convolve = functools.partial(
         jax.lax.conv_general_dilated, window_strides=(1, 1), padding='SAME',
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )  # fmt: skip
-    assert cost.count_flops(convolve, image, kernel) == 2 * (2 * 8 * 8 * 5) * 27
+    assert traced_flops.count_flops(convolve, image, kernel) == 2 * (2 * 8 * 8 * 5) * 27
     with pytest.raises(ValueError, match='a while loop'):
-        cost.count_flops(
+        traced_flops.count_flops(
             lambda x: jax.lax.while_loop(lambda y: y.sum() < 3, lambda y: y @ y, x),
             square,
         )
@@ -60,7 +62,7 @@ def test_sit_costs_what_its_authors_say():
     model = experiment.make_model(_get_config('imagenet256_ism_xl2'), 1000)
     params = sit.abstract_params(model, (32, 32, 4))
     x, one = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1)
-    found = cost.count_flops(
+    found = traced_flops.count_flops(
         model.apply, {'params': params}, x, one, one, one, jnp.zeros(1, jnp.int32)
     )
     assert found / 2e9 == pytest.approx(118.64, rel=0.01)
@@ -76,7 +78,7 @@ def test_counts_are_those_of_xla():
     x, t = jnp.zeros((4, *shape)), jnp.zeros(4)
     args = {'params': params}, x, t, t, t, jnp.zeros(4, jnp.int32)
     analysis = jax.jit(model.apply).lower(*args).compile().cost_analysis()
-    assert cost.count_flops(model.apply, *args) == pytest.approx(
+    assert traced_flops.count_flops(model.apply, *args) == pytest.approx(
         analysis['flops'], rel=0.05
     )
 
@@ -127,9 +129,43 @@ def _replicated(config):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_command_line_prints_the_plan(name):
-    config = _get_config(name)
-    text = cost.format_plan(cost.make_plan(config, 16, 1000), 300.0)
-    assert '16 devices' in text and 'hours if a device sustains 300 TFLOP/s' in text
+    config, chip = _get_config(name), chips.CHIPS['v5e']
+    made = cost.make_plan(config, 16, 1000, chip)
+    text = cost.format_plan(made, chip, 98.5)
+    assert '16 x v5e' in text and 'of 15.75 that a program can use' in text
+    assert f'{made.hours(98.5):.1f} hours if a chip sustains 98 TFLOP/s (50% of' in text
+    assert '(40% of its peak)' in cost.format_plan(made, chip)
+
+
+@pytest.mark.parametrize(
+    'name, argument, chip, devices, fsdp, compiled',
+    # Peak GiB per chip of the compiled train step, see docs/performance.md.
+    [
+        ('imagenet256_ism_xl2', '', 'v5p', 16, 1, 19.04),
+        ('imagenet256_ism_xl2', 'meanflow', 'v5p', 16, 1, 16.5),
+        ('imagenet256_ism_xl2', '', 'v5e', 16, 4, 6.74),
+        ('imagenet512_ism_xl2', '', 'v5e', 16, 4, 15.9),
+        ('imagenet256_ism_xl2', '', 'h100', 8, 1, 20.68),
+    ],
+)
+def test_predicted_memory_is_that_of_compiled_programs(
+    name, argument, chip, devices, fsdp, compiled
+):
+    config = _get_config(name, argument)
+    config.mesh.fsdp = fsdp
+    made = cost.make_plan(config, devices, 1000, chips.CHIPS[chip])
+    assert made.peak_bytes / 2**30 == pytest.approx(compiled, rel=cost.PREDICTION_ERROR)
+
+
+def test_a_run_that_does_not_fit_gets_a_field_to_change():
+    config, chip = _get_config('imagenet256_ism_xl2'), chips.CHIPS['v5e']
+    text = cost.report(config, 16, chip, 1000, None)
+    assert 'it does not fit: set mesh.data = -1 and mesh.fsdp = 2: predicted' in text
+    config.mesh.fsdp = 2
+    assert 'it does not fit' not in cost.report(config, 16, chip, 1000, None)
+    # A state that fits no single chip.
+    few = cost.advice(config, 1, 1000, dataclasses.replace(chip, memory=2**30))
+    assert few.startswith('no mesh of these chips fits it')
 
 
 def test_plan_needs_no_data_and_no_devices(tmp_path):

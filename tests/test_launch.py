@@ -294,7 +294,7 @@ exit "$(cat "$FOLDER/code")"
 @pytest.mark.parametrize('code', [0, 3])
 def test_install_shows_progress(tmp_path, code):
     """A line for each download, pip's errors, and its exit code."""
-    pip = _stand_in(tmp_path / 'bin', 'python_', PIP)
+    pip = stand_in(tmp_path / 'bin', 'python_', PIP)
     (tmp_path / 'bin' / 'code').write_text(f'{code}')
     done = subprocess.run(
         ['bash', LAUNCH / 'install.sh', pip], capture_output=True, text=True, timeout=60

@@ -9,10 +9,10 @@ runs, such as once per layer of a scanned network.
 
 from collections.abc import Iterable, Iterator
 import dataclasses
-import json
 import math
 import re
 
+import jax
 import numpy as np
 
 from ism_jax.runtime import hlo
@@ -24,8 +24,8 @@ COLLECTIVES = (
 # Instructions that move no data: names for data of others, and ends of transfers.
 FREE = (
     'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'call',
-    'conditional', 'after-all', 'partition-id', 'replica-id', 'copy-done', 'slice-done',
-    'async-done', 'async-update', 'dynamic-slice-done', 'optimization-barrier',
+    'conditional', 'after-all', 'partition-id', 'replica-id', 'async-update',
+    'optimization-barrier',
 )  # fmt: skip
 FREE_CALLS = ('ConcatBitcast', 'AllocateBuffer', 'AssumeGatherIndicesInBound')
 SLICES = ('slice', 'dynamic-slice', 'gather')
@@ -40,7 +40,7 @@ class Collective:
       content: 'parameters', 'gradients', 'activations', 'integers' or 'scalars', see
         `content_of`.
       dtype: of the arrays.
-      count: number of executions.
+      count: number of arrays, each as often as it is sent.
       bytes: size of the arrays on each chip: the larger of input and output.
       wire_bytes: bytes that each chip sends with a ring, for example
         2 (n - 1) / n times the array for an all-reduce among n chips.
@@ -108,6 +108,16 @@ class Program:
         """Number of executions of collectives; by default of all."""
         return sum(c.count for c in self.select(kind, content))
 
+    def record(self) -> dict:
+        """The figures as JSON can hold them, without those of each operation."""
+        return {
+            'memory': self.memory,
+            'flops': self.flops,
+            'bytes': self.bytes,
+            'collectives': [dataclasses.asdict(c) for c in self.collectives],
+            'unknown_loops': self.unknown_loops,
+        }
+
     def select(self, kind: str = '', content: str = '') -> list[Collective]:
         """The collectives of a kind and content; '' for all."""
         return [
@@ -145,8 +155,8 @@ def memory_parts(compiled) -> dict[str, int]:
     """Bytes on each chip: 'arguments', 'outputs', 'temporaries', 'code' and 'peak'.
 
     Outputs that reuse the memory of donated arguments are not counted again. The peak
-    is the largest amount in use at one time, as XLA reports it; without such a report
-    it is the sum of the parts.
+    is the largest amount in use at one time, as XLA reports it for TPUs and GPUs. For
+    CPUs its report leaves out temporaries, so there the peak is the sum of the parts.
     """
     memory = compiled.memory_analysis()
     if memory is None:
@@ -157,8 +167,11 @@ def memory_parts(compiled) -> dict[str, int]:
         'temporaries': memory.temp_size_in_bytes,
         'code': memory.generated_code_size_in_bytes,
     }
-    peak = getattr(memory, 'peak_memory_in_bytes', 0)
-    return parts | {'peak': peak or sum(parts.values())}
+    (device, *_) = jax.tree.leaves(compiled.output_shardings)[0].device_set
+    peak = sum(parts.values())
+    if device.platform != 'cpu':
+        peak = memory.peak_memory_in_bytes or peak
+    return parts | {'peak': peak}
 
 
 def _operations(module: hlo.Module, executions) -> Iterator[Operation]:
@@ -179,7 +192,11 @@ def _operations(module: hlo.Module, executions) -> Iterator[Operation]:
 
 def _moves_data(instruction: hlo.Instruction) -> bool:
     opcode = instruction.opcode
-    if opcode in FREE or opcode.removesuffix('-done') in COLLECTIVES:
+    if (
+        opcode in FREE
+        or opcode.endswith('-done')
+        or _opcode(instruction) in COLLECTIVES
+    ):
         return False
     return instruction.attribute(r'custom_call_target="([^"]*)"') not in FREE_CALLS
 
@@ -187,7 +204,7 @@ def _moves_data(instruction: hlo.Instruction) -> bool:
 def _flops(module, computation, instruction) -> int:
     """FLOPs of the matrix products in an instruction, with those that it calls."""
     opcode = instruction.opcode
-    if opcode == 'fusion':
+    if opcode in hlo.FUSIONS:
         inner = module.computations[instruction.called]
         return sum(_flops(module, inner, i) for i in inner.values())
     if opcode == 'dot':
@@ -270,7 +287,7 @@ def _bytes(module, computation, instruction) -> int:
         return outputs + min(outputs, sum(a.main_bytes for a in operands[0]))
     if opcode == 'dynamic-update-slice':
         return 2 * sum(array.main_bytes for array in operands[1])
-    if opcode == 'fusion':
+    if opcode in hlo.FUSIONS:
         inner = module.computations[instruction.called]
         read = [
             min(
@@ -332,11 +349,13 @@ def _collectives(module, executions, parameter_shapes) -> list[Collective]:
         members = group_size(instruction)
         for result, operand in _pairs(instruction, operands):
             larger = max(result, operand, key=lambda array: array.bytes)
-            content = content_of(kind, larger, min(result.size, operand.size), sizes)
-            total = totals.setdefault((kind, content, larger.dtype), [0, 0, 0])
-            total[0] += execution.times
-            total[1] += execution.times * larger.bytes
-            total[2] += execution.times * wire_bytes(kind, larger.bytes, members)
+            smaller = min(result.size, operand.size)
+            for part in _parts(module, computation, instruction, larger):
+                content = content_of(kind, part, min(part.size, smaller), sizes)
+                total = totals.setdefault((kind, content, part.dtype), [0, 0, 0])
+                total[0] += execution.times
+                total[1] += execution.times * part.bytes
+                total[2] += execution.times * wire_bytes(kind, part.bytes, members)
     rows = [Collective(*key, *map(round, total)) for key, total in totals.items()]
     return sorted(rows, key=lambda row: -row.bytes)
 
@@ -378,6 +397,17 @@ def _pairs(instruction, operands) -> Iterator[tuple[hlo.Array, hlo.Array]]:
         # (Operands, results) and, of a permute, two counters.
         results = results[len(operands) : 2 * len(operands)]
     return zip(results, operands, strict=True)
+
+
+def _parts(module, computation, instruction, array) -> list[hlo.Array]:
+    """The arrays that a collective moves as one; GPUs join many small ones first."""
+    source = computation[instruction.operands[0]]
+    if source.opcode == 'fusion':
+        computation = module.computations[source.called]
+        source = computation.root
+    if source.opcode != 'concatenate' or len(instruction.operands) > 1:
+        return [array]
+    return [computation[name].outputs[0] for name in source.operands]
 
 
 def group_size(instruction: hlo.Instruction) -> int:
@@ -424,15 +454,3 @@ def content_of(kind: str, larger, smaller_size: int, parameter_sizes: set[int]) 
         adds = kind in ('all-reduce', 'reduce-scatter')
         return 'gradients' if adds else 'parameters'
     return 'activations'
-
-
-def to_json(program: Program) -> str:
-    """The program's figures as JSON, without its operations."""
-    record = {
-        'memory': program.memory,
-        'flops': program.flops,
-        'bytes': program.bytes,
-        'collectives': [dataclasses.asdict(c) for c in program.collectives],
-        'unknown_loops': program.unknown_loops,
-    }
-    return json.dumps(record, indent=1)

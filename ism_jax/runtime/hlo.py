@@ -14,6 +14,8 @@ BITS = {
     'bf16': 16, 's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64, 'f64': 64,
     'c64': 64, 'c128': 128,
 }  # fmt: skip
+# Groups of instructions that are compiled as one; GPUs run some beside others.
+FUSIONS = ('fusion', 'fusion-start')
 _ARRAY = re.compile(r'([a-z]+[0-9a-z]*)\[([0-9,<= ]*)\](\{[^}]*\})?')
 _SPACE = re.compile(r'S\((\d+)\)')
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -156,8 +158,8 @@ class Module:
                     self.unknown_loops.append(instruction.name)
                 trips = times * (1 if trips is None else trips)
                 yield from self._executions(called, trips, fused, called)
-            elif opcode in ('fusion', 'async-start'):
-                inside = opcode == 'fusion' or fused
+            elif opcode in (*FUSIONS, 'async-start'):
+                inside = opcode in FUSIONS or fused
                 yield from self._executions(called, times, inside, caller)
             elif opcode == 'call':
                 inner = caller if fused else called

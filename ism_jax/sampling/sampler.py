@@ -196,6 +196,19 @@ class Sampler:
                 images = distributed.to_host(images)
             yield images[: len(label)], label
 
+    def lower(self, params, schedule: int | Sequence[float]) -> jax.stages.Lowered:
+        """The program of `batches` before decoding, for shapes of the parameters."""
+        times, sizes = time_grid.times_and_sizes(self.schedule(schedule))
+        sharding, size = batch_sharding(params, self.batch_size)
+
+        def batch(dtype):
+            return jax.ShapeDtypeStruct((size,), dtype, sharding=sharding)
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        inputs = batch(jnp.int32), batch(jnp.int32), batch(jnp.float32)
+        interval = np.asarray(self._interval, np.float32)
+        return self._sample.lower(params, key, *inputs, interval, times, sizes)
+
 
 def batch_sharding(params, batch_size: int) -> tuple[NamedSharding | None, int]:
     """The sharding of a batch over the mesh of `params`, and its padded size.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import contextlib
+from pathlib import Path
 import shlex
 import sys
 import time
@@ -174,7 +175,7 @@ NEXT_COMMANDS = (
 )
 
 
-def closing_text(workdir: Path) -> str:
+def closing_text(workdir: paths.Path) -> str:
     """Says what a finished run has written, and what to do with it."""
     python = Path(sys.executable)
     # The interpreter of a local environment, which need not be activated.

@@ -1,6 +1,7 @@
 """What training carries from step to step, and its initialisation."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax
@@ -50,25 +51,40 @@ def create(
       mesh: see `sharding.make_mesh`.
       twin_ema: whether there is a target EMA.
     """
-
-    def init():
-        params = init_params()
-        zero = jnp.zeros((), jnp.int32)
-        copy = lambda tree: jax.tree.map(jnp.copy, tree)
-        return TrainState(
-            step=zero,
-            params=params,
-            opt_state=tx.init(params),
-            target=copy(params) if twin_ema else None,
-            infer=copy(params),
-            skipped=zero,
-            skipped_in_row=zero,
-        )
-
+    init = functools.partial(_fresh, init_params, tx, twin_ema)
     shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
     # Without partitionable keys the values would depend on the sharding.
     with jax.threefry_partitionable(True):
         return jax.jit(init, out_shardings=shardings)(), shardings
+
+
+def abstract(
+    init_params, tx: optax.GradientTransformation, mesh, *, twin_ema: bool
+) -> TrainState:
+    """The shapes of a train state, with shardings, to compile with; see `create`."""
+    shapes = jax.eval_shape(functools.partial(_fresh, init_params, tx, twin_ema))
+    return jax.tree.map(
+        lambda leaf, split: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=split
+        ),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+
+
+def _fresh(init_params, tx, twin_ema) -> TrainState:
+    params = init_params()
+    zero = jnp.zeros((), jnp.int32)
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=tx.init(params),
+        target=copy(params) if twin_ema else None,
+        infer=copy(params),
+        skipped=zero,
+        skipped_in_row=zero,
+    )
 
 
 def start_from(state: TrainState, modules: dict[str, Any], shardings) -> TrainState:
