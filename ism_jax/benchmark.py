@@ -2,11 +2,14 @@ r"""Times a config's train step and its parts, as ratios within one run.
 
     python -m ism_jax.benchmark --config configs/quickstart.py --change model.unroll=1
     python -m ism_jax.benchmark --networks
+    python -m ism_jax.benchmark --record new.json --against old.json
 
 The first command reports the time of a train step, of its parts, of sampling and of
 compilation, the memory, the utilisation of the devices (relative to a large matrix
 product of the same type), and the effect of changes to the config. The second times the
-frozen networks with random weights: the autoencoder, and those that score samples.
+frozen networks with random weights: the autoencoder, and those that score samples. The
+third prints the ratios of the figures of two files that `--out` here or `--plan_out` of
+`ism_jax.train` wrote; `--against` also compares what the other commands measure.
 
 All candidates are timed once per round, so that a drift in the machine's speed affects
 them equally. Times are medians over the rounds. The ratio to the first row is the
@@ -27,7 +30,7 @@ import numpy as np
 import optax
 
 from ism_jax import config as config_lib
-from ism_jax import config_check, cost
+from ism_jax import config_check, cost, figure_ratios
 from ism_jax.experiment import Experiment
 from ism_jax.interchange import named_tensors
 from ism_jax.models import dinov2, efficientnet_lite, inception, vae
@@ -405,6 +408,15 @@ def format_measured(measured: dict[str, Any]) -> str:
 
 def run_flags() -> None:
     """Runs the command."""
+    against = None
+    if FLAGS.against:
+        against = figure_ratios.read(paths.local_path(FLAGS.against, '--against'))
+    if FLAGS.record:
+        if against is None:
+            raise ValueError('--record is compared with --against FILE: give both')
+        record = figure_ratios.read(paths.local_path(FLAGS.record, '--record'))
+        print(figure_ratios.table(record, against))
+        return
     out = paths.from_user(FLAGS.out, '--out') if FLAGS.out else None
     device = jax.devices()[0].device_kind
     if FLAGS.networks:
@@ -419,11 +431,13 @@ def run_flags() -> None:
         print(format_measured(records))
     else:
         raise ValueError('give --config to time a run, or --networks')
+    about = {'hardware': provenance.hardware(), 'jax': jax.__version__}
+    about |= {'commit': provenance.commit(), 'rounds': FLAGS.rounds}
+    record = about | {'measured': records}
+    if against is not None:
+        print('', figure_ratios.table(record, against), sep='\n')
     if out:
-        about = {'hardware': provenance.hardware(), 'jax': jax.__version__}
-        about |= {'commit': provenance.commit(), 'rounds': FLAGS.rounds}
-        text = json.dumps(about | {'measured': records}, indent=1)
-        files.write_bytes(out, text.encode())
+        files.write_bytes(out, json.dumps(record, indent=1).encode())
 
 
 if __name__ == '__main__':
@@ -431,6 +445,8 @@ if __name__ == '__main__':
     command_line.define_config_flag()
     flags.DEFINE_integer('rounds', 10, 'Timings of each candidate.')
     flags.DEFINE_string('out', '', 'JSON file to write the records to.')
+    flags.DEFINE_string('against', '', 'JSON file to compare the figures with.')
+    flags.DEFINE_string('record', '', 'JSON file to compare, instead of timing.')
     flags.DEFINE_multi_string(
         'change', [], "'field=value': also times the train step with this change."
     )

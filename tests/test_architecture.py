@@ -20,6 +20,7 @@ LAYERS = (
     COMMANDS,
     ('__init__', 'config', 'config_check', 'resolved_config', 'experiment',
      'trained_network', 'generator', 'sharing', 'model_card', 'cost', 'compiled_plan',
+     'figure_ratios',
      'recipe_search', 'entry_points'),
     ('training', 'sampling', 'evaluation', 'diagnosis', 'interchange'),
     ('objectives', 'transport', 'data'),
