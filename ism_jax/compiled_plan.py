@@ -19,7 +19,7 @@ import jax
 
 from ism_jax import cost
 from ism_jax.experiment import Experiment
-from ism_jax.runtime import chips, compiled_program, files, provenance, sharding
+from ism_jax.runtime import chips, compiled_program, files, paths, provenance, sharding
 
 GIB = 2**30
 
@@ -107,7 +107,7 @@ def run_flags(values: flags.FlagValues, config) -> None:
     if does_not_fit(found):
         print(f'it does not fit: {cost.advice(config, devices, classes, chip)}')
     if values.plan_out:
-        out = files.local_path(values.plan_out, '--plan_out')
+        out = paths.local_path(values.plan_out, '--plan_out')
         files.write_bytes(out, json.dumps(found, indent=1).encode())
 
 

@@ -173,12 +173,9 @@ def run_flags():
     config = command_line.required_config(FLAGS.config)
     if FLAGS.plan:
         config_check.validate(config)
-        compiled_plan.run_flags(FLAGS, config)
-        return
-    workdir = FLAGS.workdir
-    if not workdir:
-        name = config_flags.get_config_filename(FLAGS['config']).split(':')[0]
-        workdir = Path('runs') / Path(name).stem
+        return compiled_plan.run_flags(FLAGS, config)
+    file = config_flags.get_config_filename(FLAGS['config']).split(':')[0]
+    workdir = FLAGS.workdir or Path('runs') / Path(file).stem
     distributed.start_by_flags(FLAGS)
     compilation_cache.keep_programs()
     train(config, workdir, profile=FLAGS.profile)
