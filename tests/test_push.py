@@ -7,6 +7,7 @@ import hub_server
 import numpy as np
 from PIL import Image
 import pytest
+import safetensors.numpy
 
 import ism_jax
 from ism_jax import convert
@@ -100,7 +101,13 @@ def test_an_exported_folder_is_pushed_as_it_is(hub, pushed, tmp_path):
         (tmp_path / name).write_bytes(pushed[name])
     convert.push(tmp_path, 'user/again', private=True)
     again = hub.files['user/again']
-    assert again['model.safetensors'] == pushed['model.safetensors']
+    assert again['config.json'] == pushed['config.json']
+    ours, theirs = (
+        safetensors.numpy.load(files['model.safetensors']) for files in (pushed, again)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name])
     assert hub.private == {'user/again'}
     card = again['README.md'].decode()
     assert 'license' not in card and '## Scores' not in card
