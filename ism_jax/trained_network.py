@@ -65,6 +65,8 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> TrainedNetwork:
             f'{workdir} holds no run (no run.json); give the --workdir of '
             'ism_jax.train, or a folder that ism_jax.convert wrote'
         )
+    # Of the buckets that hold exports, Orbax reads checkpoints in these.
+    workdir = paths.from_user(workdir, '--workdir', paths.CHECKPOINTS)
     config = config_lib.from_dict(content['config'])
     model = make_model(config, len(content['class_names']))
     shape = tuple(content['image_shape'])

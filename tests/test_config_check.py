@@ -57,6 +57,7 @@ ROOT = Path(__file__).parent.parent
             r'data.latent_std = \(1.0,\) are of latents, but',
         ),
         ({'data.source': 'latents:x'}, 'scores.enabled = True, but data.source'),
+        ({'data.source': 'latents:gs://b/x'}, 'in a bucket, .* set data.cache_dir to'),
     ],
 )
 def test_bad_values_are_refused_by_name(change, message):

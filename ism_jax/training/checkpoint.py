@@ -140,7 +140,13 @@ class Checkpointer:
             self._manager.close()
         except Exception:  # pylint: disable=broad-exception-caught
             pass  # It reports the same failure.
-        self._manager = self._open()
+        try:
+            self._manager = self._open()
+        except Exception as failure:  # A bucket that does not answer.
+            raise SaveError(
+                f'checkpoint {step} could not be saved ({reason}), and {self._folder} '
+                'cannot be read; the same command resumes from the last complete one'
+            ) from failure
         left = self._manager.all_steps()
         self._log(
             f'checkpoint {step} could not be saved ({reason}); '

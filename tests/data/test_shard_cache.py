@@ -8,14 +8,6 @@ from ism_jax.data import latents, shard_cache, sources
 from ism_jax.runtime import checksums, paths
 
 
-@pytest.fixture(params=['gs', 's3'])
-def url(request):
-    """A new folder in a bucket of each kind."""
-    if request.param == 'gs':
-        return str(request.getfixturevalue('folder'))
-    return f'{request.getfixturevalue("s3_bucket")}/{request.node.originalname}'
-
-
 def _upload(local, url):
     client = fsspec.filesystem(url.partition(':')[0])
     for name in paths.files_below(local):
