@@ -1,12 +1,15 @@
 """Names of the sources, and what opening them imports."""
 
+import importlib.util
 import os
 from pathlib import Path
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from tfds_files import write_small_mnist
+from sharded_files import write_parquet, write_tar
+from tfds_files import png, write_small_mnist
 
 from ism_jax.data import sources
 
@@ -36,8 +39,8 @@ def test_bad_names_splits_and_channels_are_refused(name, options, message):
 READ_ALL = """
 import sys
 from ism_jax.data import pool_loader, sources
-for name in ('mnist', 'folder:' + sys.argv[1], 'tfds:mnist'):
-    source = sources.make_source(name, image_size=32, channels=1, data_dir=sys.argv[2])
+for name in ('mnist', 'tfds:mnist', *sys.argv[2:]):
+    source = sources.make_source(name, image_size=32, channels=1, data_dir=sys.argv[1])
     loader = pool_loader.PoolLoader(source, batches=2, batch_size=4, seed=0, flip=True)
     for pool, _ in zip(loader, range(3)):
         assert pool.images.shape == (2, 4, 32, 32, 1)
@@ -48,13 +51,18 @@ for name in ('mnist', 'folder:' + sys.argv[1], 'tfds:mnist'):
 
 def test_reading_never_imports_tensorflow(animals, tmp_path):
     write_small_mnist(tmp_path / 'tfds')
+    images = [(png(np.zeros((8, 8), np.uint8)).read(), 0)] * 4
+    names = [f'folder:{animals}', write_tar(tmp_path / 'tar', images, (4,))]
+    if importlib.util.find_spec('datasets'):
+        names.append(write_parquet(tmp_path / 'parquet', images, ('a',), (4,)))
     result = subprocess.run(
-        [sys.executable, '-c', READ_ALL, str(animals), str(tmp_path / 'tfds')],
+        [sys.executable, '-c', READ_ALL, str(tmp_path / 'tfds'), *names],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=os.environ | {'PYTHONPATH': str(Path(sources.__file__).parents[2])},
     )
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert len(lines) == 3 and all(line.endswith(' []') for line in lines), lines
+    assert len(lines) == 2 + len(names), lines
+    assert all(line.endswith(' []') for line in lines), lines
