@@ -10,16 +10,16 @@ import numpy as np
 
 from ism_jax.runtime import bucket_file, paths
 
-NAME = 'log.jsonl'
+NAME = 'records.jsonl'
 
 
 class JsonLines:
-    """Appends to `log.jsonl`; every line reaches the file before a call returns.
+    """Appends to `records.jsonl`; every line reaches the file before a call returns.
 
     A line has `time` (seconds since 1970) and either `config` and `commit`, or `step`
     and scalars, or `step` and `picture`, a name in `grids/`. Values that are not finite
     are null. A resumed run repeats the steps since its checkpoint. In a bucket, there
-    are several files, `log.TIME.NUMBER.jsonl`, one after the other.
+    are several files, `records.TIME.NUMBER.jsonl`, one after the other.
 
     Args:
       workdir: folder of the run.
@@ -32,7 +32,7 @@ class JsonLines:
     def _open(self):
         path = self._workdir / NAME
         if paths.is_bucket(path):
-            path = self._workdir / f'log.{self._start}.{self._files:05d}.jsonl'
+            path = self._workdir / f'records.{self._start}.{self._files:05d}.jsonl'
         self._file = bucket_file.open_to_append(path)
         self._files += 1
         if not paths.is_bucket(path):

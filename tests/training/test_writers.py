@@ -31,7 +31,7 @@ def _write(name, workdir, config, step=5):
 
 def test_json_lines(tmp_path):
     _write('jsonl', tmp_path, CONFIG)
-    path = tmp_path / 'log.jsonl'
+    path = tmp_path / 'records.jsonl'
     about, scalars, picture = map(json.loads, path.read_text().splitlines())
     assert about['config'] == CONFIG | {'log.grid_steps': [1, 4]}
     assert about['commit'] == provenance.commit()
@@ -69,7 +69,8 @@ def _wandb_records(path):
 
 def test_a_run_writes_them_all(small_run):
     """With what a coupling reports; see the fixture for its writers."""
-    about, *logs = map(json.loads, (small_run / 'log.jsonl').read_text().splitlines())
+    lines = (small_run / 'records.jsonl').read_text().splitlines()
+    about, *logs = map(json.loads, lines)
     assert about['config']['log.writer'] == 'tensorboard,jsonl'
     assert [log['step'] for log in logs] == [3, 6]
     assert all(log['transport/cost_ratio'] > 0 for log in logs)
@@ -173,4 +174,4 @@ def test_a_failing_tracker_warns_once_and_stops_no_training(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.count('cannot be written: the server is down') == 1
     assert report.loss == pytest.approx(1.0)
-    assert len((tmp_path / 'log.jsonl').read_text().splitlines()) == 3
+    assert len((tmp_path / 'records.jsonl').read_text().splitlines()) == 3
