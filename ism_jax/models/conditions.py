@@ -50,7 +50,10 @@ class ScalarEmbedding(nn.Module):
         small = nn.initializers.normal(0.02)
         last = nn.initializers.zeros if self.zero_init else small
         layer = functools.partial(
-            Linear, self.hidden_size, batch_sharding=self.batch_sharding
+            Linear,
+            self.hidden_size,
+            precision='highest',
+            batch_sharding=self.batch_sharding,
         )
         x = layer(kernel_init=small, name='hidden')(frequency_features(x))
         return layer(kernel_init=last, name='out')(nn.silu(x))
@@ -95,7 +98,8 @@ class ConditionedNetwork(nn.Module, kw_only=True):
         return self.hidden_size
 
     def _linear(self, features, name, **options):
-        options |= dict(dtype=jnp.dtype(self.dtype), batch_sharding=self.batch_sharding)
+        """A layer outside of the blocks, in float32."""
+        options |= dict(batch_sharding=self.batch_sharding, precision='highest')
         return Linear(features, name=name, **options)
 
     def _scalar_embedding(self, name, zero_init=False):

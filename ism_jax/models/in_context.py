@@ -72,9 +72,9 @@ class Block(nn.Module):
 
         def gated(name, branch):
             gate = self.param(name, nn.initializers.zeros, (width,))
-            return branch * gate[None, None].astype(self.dtype)
+            return branch * gate[None, None]  # float32, as the residual stream.
 
-        h = _norm('attention_norm')(x).astype(self.dtype)
+        h = _norm('attention_norm')(x)
         qkv = layer(3 * width, name='qkv')(h)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key = (
@@ -89,7 +89,7 @@ class Block(nn.Module):
         )
         h = layer(width, name='projection')(h.reshape(batch, tokens, width))
         x = x + gated('attention_gate', h)
-        h = _norm('mlp_norm')(x).astype(self.dtype)
+        h = _norm('mlp_norm')(x)
         hidden = int(self.mlp_ratio * width)
         gate, value = jnp.split(layer(2 * hidden, name='mlp_in')(h), 2, axis=-1)
         h = layer(width, name='mlp_out')(nn.silu(gate) * value)
@@ -119,12 +119,11 @@ class InContext(sit.SiT):
             + embedding[:, None]
             for name, (number, embedding) in conditions.items()
         ]
-        prefix = [tokens.astype(x.dtype) for tokens in prefix]
         x = jnp.concatenate([*prefix, x], axis=1)
         angles = rotations(x.shape[1], self.hidden_size // self.num_heads)
         return x, jnp.asarray(angles)
 
     def _image(self, x, condition, name, shape):
         patches = (shape[1] // self.patch_size) ** 2
-        x = _norm(f'{name}_norm')(x[:, -patches:]).astype(x.dtype)
+        x = _norm(f'{name}_norm')(x[:, -patches:])
         return self._unpatch(x, name, shape)

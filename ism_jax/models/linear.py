@@ -26,6 +26,7 @@ class Linear(nn.Module):
       dtype: 'float32' or 'bfloat16'.
       kernel_init: initialiser of the kernel [inputs, features].
       use_bias: whether to add a bias.
+      precision: of the product; 'highest' for a true float32 product on a GPU or TPU.
       batch_sharding: devices that the batch is split over.
     """
 
@@ -33,6 +34,7 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Callable[..., jax.Array] = nn.initializers.xavier_uniform()
     use_bias: bool = True
+    precision: str | None = None
     batch_sharding: BatchSharding = BatchSharding()
 
     @nn.compact
@@ -47,7 +49,8 @@ class Linear(nn.Module):
             product = _product_with_copies
         else:
             rows, product = x.reshape(-1, x.shape[-1]), _product
-        out = product(rows.astype(self.dtype), kernel, self.batch_sharding)
+        rows = rows.astype(self.dtype)
+        out = product(rows, kernel, self.batch_sharding, self.precision)
         out = checkpoint_name(out, PRODUCT)
         out = out.reshape(*x.shape[:-1], self.features)
         if not self.use_bias:
@@ -58,12 +61,13 @@ class Linear(nn.Module):
         return (out.astype(jnp.float32) + bias).astype(self.dtype)
 
 
-def _product(rows, kernel, split):
+def _product(rows, kernel, split, precision):
     del split
-    return rows @ kernel.astype(rows.dtype)
+    return jnp.matmul(rows, kernel.astype(rows.dtype), precision=precision)
 
 
 # Without `checkpoint` the backward pass would keep every gathered kernel.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def _product_with_copies(rows, kernel, split):
-    return rows @ split.copies(kernel, rows.dtype)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+def _product_with_copies(rows, kernel, split, precision):
+    copies = split.copies(kernel, rows.dtype)
+    return jnp.matmul(rows, copies, precision=precision)

@@ -9,8 +9,10 @@ Both are added to the time and class embeddings, see `models.conditions`. At d =
 w = 0 the network *is* a SiT, before and after training, and loading a pretrained SiT
 does not change its outputs.
 
-The network computes in `dtype` (bfloat16 on accelerators). Parameters, layer norms,
-conditioning features and the output are float32.
+The products and the attention of the blocks are in `dtype` (bfloat16 on accelerators).
+Everything that adds up over the layers or leaves the network is float32: parameters and
+the sums of their gradients, the residual stream, the condition, layer norms, and the
+first and the last layer. docs/performance.md has the errors of the gradient.
 """
 
 import dataclasses
@@ -78,16 +80,10 @@ def position_embedding(hidden_size: int, side: int) -> np.ndarray:
     return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
 
 
-def _layer_norm(x, dtype):
-    """Layer norm without affine parameters, in float32 for any compute dtype."""
-    norm = nn.LayerNorm(
-        epsilon=1e-6, use_bias=False, use_scale=False, dtype=jnp.float32
-    )
-    return norm(x).astype(dtype)
-
-
-def _modulate(x, shift, scale):
-    return x * (1 + scale[:, None]) + shift[:, None]
+def _modulated_norm(x, shift, scale):
+    """Layer norm of x [B, T, C], scaled and shifted by [B, C]; float32."""
+    norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)
+    return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
@@ -109,9 +105,9 @@ class Block(nn.Module):
         zeros = nn.initializers.zeros
         modulation = layer(6 * width, kernel_init=zeros, name='modulation')(condition)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(
-            modulation, 6, axis=-1
+            modulation.astype(jnp.float32), 6, axis=-1
         )
-        h = _modulate(_layer_norm(x, self.dtype), shift_a, scale_a)
+        h = _modulated_norm(x, shift_a, scale_a)
         qkv = layer(3 * width, name='qkv')(h)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         h = jax.nn.dot_product_attention(
@@ -122,7 +118,7 @@ class Block(nn.Module):
         )
         h = layer(width, name='projection')(h.reshape(batch, tokens, width))
         x = x + gate_a[:, None] * h
-        h = _modulate(_layer_norm(x, self.dtype), shift_m, scale_m)
+        h = _modulated_norm(x, shift_m, scale_m)
         h = layer(int(self.mlp_ratio * width), name='mlp_in')(h)
         h = nn.gelu(h, approximate=True)
         h = layer(width, name='mlp_out')(h)
@@ -132,6 +128,8 @@ class Block(nn.Module):
 
 class SiT(conditions.ConditionedNetwork, kw_only=True):
     """Velocity network s(x_t, t, c, d, w).
+
+    `dtype` is that of the products and the attention of the blocks, see the module.
 
     Attributes, besides those of `ConditionedNetwork`:
       patch_size, depth, num_heads, mlp_ratio: see `PRESETS`.
@@ -192,12 +190,11 @@ class SiT(conditions.ConditionedNetwork, kw_only=True):
 
     def _embed(self, x, t, d, w, label, interval):
         """Tokens of the patches [B, T, hidden_size], and what conditions the blocks."""
-        dtype = jnp.dtype(self.dtype)
         side = math.isqrt(x.shape[1])
-        x = x + position_embedding(self.hidden_size, side)[None].astype(dtype)
+        x = x + position_embedding(self.hidden_size, side)[None]
         condition = self._condition(t, d, w, label, interval)
         condition = self.batch_sharding.constrain(condition)
-        return x, nn.silu(condition).astype(dtype)
+        return x, nn.silu(condition)
 
     def _stack(self, name, length):
         """`length` blocks as a function of tokens and condition."""
@@ -224,14 +221,13 @@ class SiT(conditions.ConditionedNetwork, kw_only=True):
 
     def _image(self, x, condition, name, shape):
         """The last layer: tokens to an image [B, H, H, C] float32."""
-        dtype = jnp.dtype(self.dtype)
         modulation = self._linear(
             2 * self.hidden_size,
             f'{name}_modulation',
             kernel_init=nn.initializers.zeros,
         )
         shift, scale = jnp.split(modulation(condition), 2, axis=-1)
-        x = _modulate(_layer_norm(x, dtype), shift, scale)
+        x = _modulated_norm(x, shift, scale)
         return self._unpatch(x, name, shape)
 
     def _unpatch(self, x, name, shape):
@@ -242,7 +238,7 @@ class SiT(conditions.ConditionedNetwork, kw_only=True):
             x
         )
         x = x.reshape(batch, grid, grid, patch, patch, channels)
-        return x.transpose(0, 1, 3, 2, 4, 5).reshape(shape).astype(jnp.float32)
+        return x.transpose(0, 1, 3, 2, 4, 5).reshape(shape)
 
 
 class StepAndGuidance(SiT, kw_only=True):

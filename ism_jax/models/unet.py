@@ -156,6 +156,9 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
         for side in (height, width):
             chex.assert_is_divisible(side, self.patch_size * 2**last)
         dtype = jnp.dtype(self.dtype)
+        layer = functools.partial(
+            Linear, dtype=dtype, batch_sharding=self.batch_sharding
+        )
         condition = self._condition(t, d, w, label, interval)
         condition = self.batch_sharding.constrain(condition)
         condition = nn.silu(condition).astype(dtype)
@@ -166,7 +169,7 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
         for level in range(last + 1):
             if level:
                 features = self._features(level)
-                x = self._linear(features, f'down_{level}')(fold(x, 2))
+                x = layer(features, name=f'down_{level}')(fold(x, 2))
             for number in range(self.blocks_per_level):
                 x = self._block(f'down_{level}_{number}', level)(x, condition)
                 skips.append(x)
@@ -177,7 +180,7 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
                 x = self._block(f'up_{level}_{number}', level)(x, condition)
             if level:
                 features = 4 * self._features(level - 1)
-                x = unfold(self._linear(features, f'up_{level}')(x), 2)
+                x = unfold(layer(features, name=f'up_{level}')(x), 2)
         x = nn.silu(_norm(x, 'norm_out'))
         x = _conv(channels * self.patch_size**2, 'conv_out', dtype, zero_init=True)(x)
         return unfold(x, self.patch_size).astype(jnp.float32)

@@ -271,3 +271,23 @@ def test_bfloat16_rounds_the_computation_and_not_the_parameters():
     assert coarse.dtype == jnp.float32
     error = jnp.abs(coarse - fine).max() / jnp.abs(fine).max()
     assert 1e-5 < error < 0.1
+
+
+def test_bfloat16_rounds_little_of_what_adds_up_over_the_layers():
+    """With a residual stream, condition and end layers in bfloat16: 0.7 to 1.0 %."""
+    size = dict(SMALL, depth=12)
+    params = random_params(sit.SiT(**size))
+    inputs = random_inputs(batch=16, d=0.25, w=1.0)
+
+    def gradient(dtype):
+        model = sit.SiT(**size, dtype=dtype)
+        loss = lambda p: jnp.mean(jnp.square(model.apply({'params': p}, *inputs) - 1))
+        return jax.jit(jax.grad(loss))(params)
+
+    def norm(tree):
+        return np.sqrt(sum(float(jnp.sum(a**2)) for a in jax.tree.leaves(tree)))
+
+    fine, coarse = gradient('float32'), gradient('bfloat16')
+    difference = jax.tree.map(jnp.subtract, fine, coarse)
+    for name in ('patch_embedding', 'class_embedding', 'blocks'):
+        assert 1e-4 < norm(difference[name]) / norm(fine[name]) < 0.006, name
