@@ -99,6 +99,7 @@ def test_a_killed_run_resumes_bit_for_bit(folder, tmp_path):
         '--config.checkpoint.every=2',
         '--config.log.every=1',
         '--config.optimizer.warmup_steps=0',
+        '--config.optimizer.schedule=constant',  # So that the length may change.
         '--config.log.parameters=False',
         '--config.log.grid_every=0',
     )
