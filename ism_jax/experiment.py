@@ -91,6 +91,16 @@ class Experiment:
         """The network as a function of its parameters and the inputs of `SiT`."""
         return self.model.apply({'params': params}, *inputs, **options)
 
+    def _apply_in_groups(self, params, *inputs, **options):
+        """The network with the parameters of `sharding.group_copies`."""
+        split = sharding.BatchSharding(self.mesh, ('fsdp',))
+        model = self.model.clone(batch_sharding=split)
+        apply = lambda params, *inputs, **options: model.apply(
+            {'params': params}, *inputs, **options
+        )
+        grouped = sharding.apply_in_groups(apply, self.mesh)
+        return grouped(params, *inputs, **options)
+
     @functools.cached_property
     def objective(self):
         """The method."""
@@ -205,9 +215,11 @@ class Experiment:
         The state is donated.
         """
         config = self.config
+        in_groups = config.train.accumulate > 1 and self.mesh.shape['data'] > 1
         step = functools.partial(
             train_step.train_step,
-            apply=self.apply,
+            apply=self._apply_in_groups if in_groups else self.apply,
+            groups=self.mesh if in_groups else None,
             objective=self.objective,
             distance=self.distance,
             tx=self.optimizer,

@@ -154,6 +154,70 @@ def _constrain(x, mesh, spec):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def group_copies(tree, mesh: jax.sharding.Mesh):
+    """Returns a copy of parameters [...] for each group of devices, [data, ...].
+
+    A group is a position on the axis `data`. It takes no memory or communication: the
+    parameters are replicated over this axis. Gradients with respect to the copies do
+    not cross groups, so that parts of a batch can be accumulated before they do.
+    """
+
+    def copy(leaf):
+        copies = jnp.broadcast_to(leaf[None], (mesh.shape['data'], *leaf.shape))
+        return _constrain(copies, mesh, _group_spec(leaf.shape, mesh))
+
+    return jax.tree.map(copy, tree)
+
+
+def constrain_groups(tree, mesh: jax.sharding.Mesh):
+    """Returns arrays [data, ...] that stay on the groups of `group_copies`."""
+    return jax.tree.map(
+        lambda leaf: _constrain(leaf, mesh, _group_spec(leaf.shape[1:], mesh)), tree
+    )
+
+
+def sum_groups(tree, mesh: jax.sharding.Mesh):
+    """Returns the sum over groups of gradients [data, ...], sharded as parameters."""
+    return jax.tree.map(
+        lambda leaf: _constrain(
+            leaf.sum(0), mesh, leaf_spec(leaf.shape[1:], mesh.shape['fsdp'])
+        ),
+        tree,
+    )
+
+
+def _group_spec(shape, mesh):
+    return P('data', *leaf_spec(shape, mesh.shape['fsdp']))
+
+
+def apply_in_groups(apply, mesh: jax.sharding.Mesh):
+    """Returns a network whose parameters are `group_copies`.
+
+    Args:
+      apply: the network, (params, *inputs, **options) -> outputs, whose inputs and
+        outputs start with the batch axis; it splits a batch over `fsdp` alone.
+      mesh: the devices.
+    """
+    groups = mesh.shape['data']
+
+    def grouped(params, *inputs, **options):
+        size = len(inputs[0])
+
+        def split(array):
+            array = jnp.asarray(array)
+            padding = [(0, -size % groups)] + [(0, 0)] * (array.ndim - 1)
+            return jnp.pad(array, padding).reshape(groups, -1, *array.shape[1:])
+
+        one_group = functools.partial(apply, **options)
+        outputs = jax.vmap(one_group, spmd_axis_name='data')(
+            params, *map(split, inputs)
+        )
+        join = lambda array: array.reshape(-1, *array.shape[2:])[:size]
+        return jax.tree.map(join, outputs)
+
+    return grouped
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, P())

@@ -13,6 +13,7 @@ import optax
 
 from ism_jax.method import random_streams
 from ism_jax.method.training_batch import Batch
+from ism_jax.runtime import sharding
 from ism_jax.training import ema, paired_pool
 from ism_jax.training.train_state import TrainState
 
@@ -31,6 +32,7 @@ def train_step(
     infer_decay: float,
     ema_warmup: bool,
     num_steps: int,
+    groups: jax.sharding.Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one step, on batch `state.step % K` of the pool.
 
@@ -47,6 +49,9 @@ def train_step(
       target_decay, infer_decay, ema_warmup: see `ism_jax.training.ema`; only the
         inference EMA is warmed up.
       num_steps: number of training steps, for objectives with a curriculum.
+      groups: mesh on which each group of devices accumulates its own gradient, so that
+        gradients cross groups once per step; `apply` then takes the parameters of
+        `sharding.apply_in_groups`. None for one gradient of all devices.
 
     Returns:
       The next state, and scalars by name.
@@ -54,21 +59,33 @@ def train_step(
     batch = paired_pool.pool_batch(pool, state.step, seed_key)
     key = random_streams.stream(seed_key, random_streams.OBJECTIVE, state.step)
 
+    params, target_params = state.params, state.target_params()
+    if groups is not None:
+        params = sharding.group_copies(params, groups)
+        target_params = sharding.group_copies(target_params, groups)
+
     def loss_fn(params, batch, key):
         return objective(
             apply,
             params,
-            state.target_params(),
+            target_params,
             batch,
             key,
             distance=distance,
             progress=state.step / num_steps,
         )
 
-    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    def gradient_fn(params, batch, key):
+        out, gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        if groups is not None:
+            gradient = sharding.constrain_groups(gradient, groups)
+        return out, gradient
+
     (loss, metrics), gradient = _accumulated(
-        gradient_fn, state.params, batch, key, accumulate
+        gradient_fn, params, batch, key, accumulate
     )
+    if groups is not None:
+        gradient = sharding.sum_groups(gradient, groups)
     gradient_norm = optax.global_norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 

@@ -135,6 +135,19 @@ def test_a_step_gathers_weights_and_reduces_each_gradient_once(data, fsdp):
     assert any(one.kind == 'all-gather' for one in found) == (fsdp > 1)
 
 
+@pytest.mark.parametrize(
+    'data,fsdp', [(8, 1), pytest.param(2, 4, marks=pytest.mark.slow)]
+)
+def test_accumulated_gradients_cross_groups_of_devices_once(data, fsdp):
+    """Within a group each part is reduced: no device can hold a whole gradient."""
+    parts = 4
+    step, state = _compiled_step(data, fsdp, accumulate=parts)
+    reduced = [c for c in collectives(step.as_text()) if c.kind == 'all-reduce']
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    within_groups = parts * size if fsdp > 1 else 0
+    assert sum(one.bytes for one in reduced) < within_groups + 1.02 * size
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', objectives.names())
 def test_no_objective_moves_activations(name):

@@ -51,10 +51,15 @@ def _setup(tx=None, *, mesh=None, twin=True, objective=None, distance=None, **op
         twin_ema=twin,
     )
     whole = sharding.replicated(mesh)
-    model = MODEL.clone(batch_sharding=sharding.BatchSharding(mesh))
+    accumulate = options.get('accumulate', 1)
+    groups = mesh if accumulate > 1 and mesh.size > 1 else None
+    axes = ('data', 'fsdp') if groups is None else ('fsdp',)
+    model = MODEL.clone(batch_sharding=sharding.BatchSharding(mesh, axes))
+    apply = lambda params, *inputs: model.apply({'params': params}, *inputs)
     step = functools.partial(
         train_step.train_step,
-        apply=lambda params, *inputs: model.apply({'params': params}, *inputs),
+        apply=sharding.apply_in_groups(apply, mesh) if groups else apply,
+        groups=groups,
         objective=objective or ism.Objective(num_classes=4),
         distance=distance or loss_distance.squared_error,
         tx=tx,
@@ -150,14 +155,17 @@ class Deterministic(BaseObjective):
 
 
 def test_accumulated_parts_equal_the_batch():
+    """On one device, and in two groups of devices that accumulate separately."""
     objective = Deterministic(num_classes=4)
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    four = sharding.make_mesh(2, 2, devices=jax.devices()[:4])
     results = []
-    for parts in (1, 4):
-        state, step = _setup(_sgd(), objective=objective, accumulate=parts)
+    for parts, mesh in ((1, one), (4, one), (4, four)):
+        state, step = _setup(_sgd(), objective=objective, accumulate=parts, mesh=mesh)
         state, metrics = step(state, _pool())
         results.append((_host(state.params), float(metrics['loss'])))
-    _assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5)
+    for result in results[1:]:
+        _assert_close(results[0], result, rtol=1e-4, atol=1e-6)
 
 
 def test_accumulated_parts_draw_differently():
