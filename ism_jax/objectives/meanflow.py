@@ -76,11 +76,11 @@ class Objective(BaseObjective):
         target_v, velocity_u = self._guided_velocities(
             apply, teacher, repeats, (inputs_v, inputs_u), (batch_v, batch_u)
         )
-        target_u = self.mean_velocity_target(
-            apply, teacher, inputs_u, velocity_u, progress
-        )
         prediction_v, prediction_u = training_batch.apply_together(
             apply, params, repeats, inputs_v, inputs_u
+        )
+        target_u = self.mean_velocity_target(
+            apply, teacher, inputs_u, velocity_u, prediction_u, progress
         )
         errors, metrics = loss_terms(
             distance,
@@ -97,14 +97,15 @@ class Objective(BaseObjective):
         return time_grid.sample_steps(key, num, self.time_mean, self.time_std)
 
     def mean_velocity_target(
-        self, apply, params, inputs, velocity, progress
+        self, apply, params, inputs, velocity, prediction, progress
     ) -> jax.Array:
         """Target v + d du/dt of the mean velocity over a step, [B, H, W, C].
 
         `params` are those of the teacher; `velocity` is v at the start of the step,
-        [B, H, W, C], and also the tangent. `progress` is for alpha-Flow's annealing.
+        [B, H, W, C], and also the tangent. The student's `prediction` [B, H, W, C] and
+        `progress` are for alpha-Flow.
         """
-        del progress
+        del prediction, progress
         _, slope = mean_velocity.derivative(apply, params, inputs, velocity)
         return interpolant.step(velocity, slope, inputs.d)
 
@@ -143,6 +144,10 @@ class Objective(BaseObjective):
 
     def step_condition(self, d, w):
         return d, 0.0 * w  # Guidance is a part of the targets.
+
+    @property
+    def has_forward_derivative(self) -> bool:
+        return True
 
     @property
     def batch_multiple(self) -> int:

@@ -16,12 +16,13 @@ def test_alpha_flow_between_flow_matching_and_meanflow():
     )
     inputs = moving_inputs()
     velocity = jax.random.normal(jax.random.key(0), inputs.x.shape)
+    prediction = curved(None, *inputs.arguments())
     target = lambda alpha: make(alpha).mean_velocity_target(
-        curved, None, inputs, velocity, 0.0
+        curved, None, inputs, velocity, prediction, 0.0
     )
     np.testing.assert_allclose(target(1.0), velocity, atol=1e-5)
     derivative = meanflow.Objective(num_classes=NULL).mean_velocity_target(
-        curved, None, inputs, velocity, 0.0
+        curved, None, inputs, velocity, None, 0.0
     )
     np.testing.assert_allclose(target(0.0), derivative, atol=1e-6)
     distances = [float(jnp.abs(target(a) - derivative).mean()) for a in (0.1, 0.05)]
@@ -39,7 +40,9 @@ def test_alpha_flow_of_the_exact_map():
         objective = alpha_flow.Objective(
             num_classes=NULL, guidance=0.0, alpha=alpha, direction=direction
         )
-        target = objective.mean_velocity_target(flow, None, inputs, velocity, 0.0)
+        target = objective.mean_velocity_target(
+            flow, None, inputs, velocity, exact, 0.0
+        )
         return float(jnp.abs(target - exact).mean())
 
     for alpha in (0.25, 0.5, 0.75):

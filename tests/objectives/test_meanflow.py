@@ -17,7 +17,7 @@ def test_meanflow_target_of_the_exact_map(w):
     apply = guided(w)
     velocity = FLOW.velocity(inputs.x, inputs.t, jnp.full(64, w), inputs.label)
     exact = apply(None, *inputs.arguments())
-    target = objective.mean_velocity_target(apply, None, inputs, velocity, 0.0)
+    target = objective.mean_velocity_target(apply, None, inputs, velocity, None, 0.0)
     np.testing.assert_allclose(target, exact, atol=2e-5)
     assert jnp.abs(exact - velocity).max() > 0.3  # The derivative is needed.
     # A pair's own velocity is another tangent. The target is affine in it, so its
@@ -25,7 +25,7 @@ def test_meanflow_target_of_the_exact_map(w):
     shift = jax.random.normal(jax.random.key(0), velocity.shape)
     above, below = (
         objective.mean_velocity_target(
-            apply, None, inputs, velocity + sign * shift, 0.0
+            apply, None, inputs, velocity + sign * shift, None, 0.0
         )
         for sign in (1, -1)
     )
