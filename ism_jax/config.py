@@ -15,6 +15,7 @@ import ml_collections
 from ism_jax import objectives
 from ism_jax.method import wavelet
 from ism_jax.models import sit
+from ism_jax.objectives import alpha_flow
 
 _XL2 = sit.preset('XL/2')
 # Fields of the model that a method may decide.
@@ -56,7 +57,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     'model.attention_levels': (1, 'number of coarsest levels of the U-Net with self-attention'),
     'model.dtype': ('float32', "dtype of the computation, 'float32' or 'bfloat16'; parameters are float32"),
     'model.remat': ('none', "rematerialisation: 'none', 'dots' keeps matrix products, 'full' recomputes all"),
-    'model.attention': ('auto', "attention kernel: 'auto', 'xla' or 'cudnn'"),
+    'model.attention': ('auto', "attention kernel: 'xla', 'cudnn', or 'auto', which is cuDNN's on a GPU where it works"),
     'model.unroll': (1, 'layers per iteration of the scan over layers'),
     'model.step_embedding': ('level', "embedding of the step size: 'level' for powers of two, 'size' for any"),
     'model.time_scale': (1000.0, 'factor on t and d before their sinusoids'),
@@ -156,6 +157,8 @@ def use_objective(config, name: str, **options) -> None:
     guidance scales for sampling are clipped to the method's range.
     """
     config.objective = objective_defaults(name)
+    if name == 'alpha_flow' and config.model.dtype == 'bfloat16':
+        config.objective.alpha_margin = alpha_flow.MIN_BFLOAT16_ALPHA
     config.objective.update(options)
     for part in (config.wavelet, config.transport):
         part.enabled = name == 'ism'

@@ -12,7 +12,8 @@ from ism_jax import config as config_lib
 from ism_jax import objectives
 from ism_jax.evaluation import sample_scorer
 from ism_jax.method import time_grid, wavelet
-from ism_jax.models import conditions, sit
+from ism_jax.models import attention, conditions, sit
+from ism_jax.objectives import alpha_flow
 from ism_jax.training import optimizer, writers
 
 
@@ -61,7 +62,7 @@ RULES = {
     'model.attention_levels': _at_least(0),
     'model.dtype': _one_of('float32', 'bfloat16'),
     'model.remat': _one_of(*sit.REMAT_POLICIES),
-    'model.attention': _one_of(*sit.ATTENTION_IMPLEMENTATIONS),
+    'model.attention': _one_of(*attention.IMPLEMENTATIONS),
     'model.unroll': _at_least(1),
     'model.step_embedding': _one_of(*conditions.STEP_EMBEDDINGS),
     'model.time_scale': _POSITIVE,
@@ -210,6 +211,20 @@ def _problems(c) -> Iterator[str]:
                     f'{name} = {flat[name]}: each must lie in 1 .. '
                     f'{objective.base_steps}, the steps that the method is trained for'
                 )
+    if c.model.attention == 'cudnn' and objective.has_forward_derivative:
+        yield (
+            "model.attention = 'cudnn' has no forward-mode derivative, which this "
+            "objective takes; use 'auto' or 'xla'"
+        )
+    if c.objective.name == 'alpha_flow' and c.model.dtype == 'bfloat16':
+        field = 'alpha_margin' if c.objective.alpha == -1 else 'alpha'
+        value, smallest = c.objective[field], alpha_flow.MIN_BFLOAT16_ALPHA
+        if value < smallest and (field == 'alpha_margin' or value > 0):
+            yield (
+                f'objective.{field} = {value} lets the target divide the rounding '
+                f"errors of model.dtype = 'bfloat16' by less than {smallest}, which "
+                f"makes it mostly noise; use {smallest} or more, or 'float32'"
+            )
     for name in ('sample.guidance', 'log.grid_guidance'):
         values = flat[name] if isinstance(flat[name], tuple) else (flat[name],)
         yield from _guidance_problems(name, values, objective.guidance_range)

@@ -472,6 +472,9 @@ def make_model(config, num_classes: int, **options) -> conditions.ConditionedNet
     # Each backbone has its own sizes.
     names = {field.name for field in dataclasses.fields(backbone)}
     options |= {name: v for name, v in config.model.items() if name in names}
+    objective = objectives.create(num_classes=num_classes, **config.objective)
+    if options['attention'] == 'auto' and objective.has_forward_derivative:
+        options['attention'] = 'xla'  # cuDNN's has no forward-mode derivative.
     return backbone(num_classes=num_classes, **options)
 
 

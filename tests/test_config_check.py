@@ -135,6 +135,17 @@ def test_normalisation_of_latents_is_whole(std):
         ('imf', {'objective.guidance_max': -1.0}, 'objective.guidance_max = -1.0'),
         ('alpha_flow', {'objective.anneal_end': 0.0}, 'objective.anneal_start = 0.0'),
         ('alpha_flow', {'objective.alpha': 2.0}, 'objective.alpha = 2.0'),
+        (
+            'alpha_flow',
+            {'objective.alpha': 0.01, 'model.dtype': 'bfloat16'},
+            'objective.alpha = 0.01 lets',
+        ),
+        (
+            'alpha_flow',
+            {'objective.alpha_margin': 0.0, 'model.dtype': 'bfloat16'},
+            'objective.alpha_margin = 0.0 lets',
+        ),
+        ('meanflow', {'model.attention': 'cudnn'}, "model.attention = 'cudnn' has no"),
     ],
 )
 def test_bad_options_of_a_method_are_refused_by_name(name, change, message):

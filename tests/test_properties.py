@@ -10,7 +10,7 @@ import numpy as np
 
 from ism_jax import config as config_lib
 from ism_jax import config_check, cost, experiment, objectives, train
-from ism_jax.models import conditions, sit
+from ism_jax.models import attention, conditions, sit
 from ism_jax.runtime import sharding
 from ism_jax.training import optimizer, paired_pool, train_state
 
@@ -37,7 +37,7 @@ WORDS = {
     'model.step_embedding': tuple(conditions.STEP_EMBEDDINGS),
     'model.dtype': ('float32', 'bfloat16', 'float16'),
     'model.remat': tuple(sit.REMAT_POLICIES),
-    'model.attention': tuple(sit.ATTENTION_IMPLEMENTATIONS),
+    'model.attention': attention.IMPLEMENTATIONS,
     'model.backbone': tuple(experiment.BACKBONES),
     'model.guidance_embedding': tuple(conditions.GUIDANCE_EMBEDDINGS),
     'objective.consistency': ('bootstrap', 'derivative', 'difference'),

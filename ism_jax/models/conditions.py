@@ -68,7 +68,7 @@ class ConditionedNetwork(nn.Module, kw_only=True):
       dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
       remat: which activations the backward pass keeps, a key of
         `sit.REMAT_POLICIES`.
-      attention: a key of `sit.ATTENTION_IMPLEMENTATIONS`.
+      attention: one of `attention.IMPLEMENTATIONS`.
       step_embedding: how the network is conditioned on d: 'level' looks up -log2(d),
         for steps that are powers of two; 'size' embeds any d smoothly, for methods that
         draw d at random or differentiate with respect to it.

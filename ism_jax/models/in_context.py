@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.models import sit
+from ism_jax.models import attention, sit
 from ism_jax.models.linear import Linear
 from ism_jax.runtime.sharding import BatchSharding
 
@@ -81,11 +81,12 @@ class Block(nn.Module):
             rotate(_norm(name)(qkv[:, :, i]), angles).astype(self.dtype)
             for i, name in enumerate(('query_norm', 'key_norm'))
         )
-        h = jax.nn.dot_product_attention(
+        h = attention.attention(
             query,
             key,
             qkv[:, :, 2],
-            implementation=sit.ATTENTION_IMPLEMENTATIONS[self.attention],
+            name=self.attention,
+            platform=self.batch_sharding.platform,
         )
         h = layer(width, name='projection')(h.reshape(batch, tokens, width))
         x = x + gated('attention_gate', h)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.models import conditions
+from ism_jax.models import attention, conditions
 from ism_jax.models.linear import PRODUCT, Linear
 from ism_jax.runtime.sharding import BatchSharding
 
@@ -52,7 +52,6 @@ REMAT_POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
-ATTENTION_IMPLEMENTATIONS = {'auto': None, 'xla': 'xla', 'cudnn': 'cudnn'}
 
 MAX_TOKENS = 2**16  # More need over 16 GiB of attention scores per head.
 
@@ -110,11 +109,12 @@ class Block(nn.Module):
         h = _modulated_norm(x, shift_a, scale_a)
         qkv = layer(3 * width, name='qkv')(h)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        h = jax.nn.dot_product_attention(
+        h = attention.attention(
             qkv[:, :, 0],
             qkv[:, :, 1],
             qkv[:, :, 2],
-            implementation=ATTENTION_IMPLEMENTATIONS[self.attention],
+            name=self.attention,
+            platform=self.batch_sharding.platform,
         )
         h = layer(width, name='projection')(h.reshape(batch, tokens, width))
         x = x + gate_a[:, None] * h

@@ -20,7 +20,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ism_jax.models import conditions, sit
+from ism_jax.models import attention, conditions, sit
 from ism_jax.models.linear import Linear
 from ism_jax.runtime.sharding import BatchSharding
 
@@ -97,11 +97,12 @@ class Attention(nn.Module):
         h = _norm(x, 'norm').reshape(batch, height * width, features)
         qkv = layer(3 * features, name='qkv')(h)
         qkv = qkv.reshape(*h.shape[:2], 3, self.num_heads, -1)
-        h = jax.nn.dot_product_attention(
+        h = attention.attention(
             qkv[:, :, 0],
             qkv[:, :, 1],
             qkv[:, :, 2],
-            implementation=sit.ATTENTION_IMPLEMENTATIONS[self.attention],
+            name=self.attention,
+            platform=self.batch_sharding.platform,
         )
         zeros = nn.initializers.zeros
         h = layer(features, kernel_init=zeros, name='projection')(
@@ -197,11 +198,11 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
         block = block(self._features(level), dtype, self.batch_sharding, name=name)
         if level < len(self.channel_multipliers) - self.attention_levels:
             return block
-        attention = Attention(
+        attend = Attention(
             self.num_heads,
             dtype,
             self.attention,
             self.batch_sharding,
             name=f'{name}_attention',
         )
-        return lambda x, condition: attention(block(x, condition))
+        return lambda x, condition: attend(block(x, condition))

@@ -208,6 +208,11 @@ class BaseObjective(abc.ABC):
         return False
 
     @property
+    def has_forward_derivative(self) -> bool:
+        """Whether the loss takes a Jacobian-vector product of the network."""
+        return False
+
+    @property
     def has_curriculum(self) -> bool:
         """Whether the loss depends on the progress of the training."""
         return False

@@ -158,6 +158,10 @@ class Objective(BaseObjective):
         return twice
 
     @property
+    def has_forward_derivative(self) -> bool:
+        return True
+
+    @property
     def batch_multiple(self) -> int:
         return sum(self.batch_split)
 

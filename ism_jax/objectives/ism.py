@@ -399,6 +399,10 @@ class Objective(BaseObjective):
         return True
 
     @property
+    def has_forward_derivative(self) -> bool:
+        return self.consistency == 'derivative'
+
+    @property
     def has_curriculum(self) -> bool:
         return self.derivative_warmup > 0
 

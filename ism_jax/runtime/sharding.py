@@ -106,6 +106,13 @@ class BatchSharding:
             return 1
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
+    @property
+    def platform(self) -> str:
+        """The platform of the devices: 'cpu', 'gpu' or 'tpu'."""
+        if self.mesh is None:
+            return jax.default_backend()
+        return self.mesh.devices.flat[0].platform
+
     def splits(self, batch_size: int) -> bool:
         """Whether a batch of this size is split over several devices."""
         return self.size > 1 and batch_size % self.size == 0
