@@ -99,9 +99,10 @@ def bytes_per_device(experiment: Experiment, is_tpu: bool) -> dict[str, int]:
     """Bytes on each device in the middle of the backward pass, by name.
 
     Calibrated with the programs of docs/performance.md: the arguments of a step stay in
-    memory, and to them XLA adds the gradient, the activations that are kept, and the
-    workspace of one layer. For TPUs it also converts all parameters to the dtype of the
-    computation before the loops over the layers; for GPUs each layer when it is used.
+    memory, and to them XLA adds the gradient, with `train.accumulate` the sum of the
+    parts' gradients, the activations that are kept, and the workspace of one layer. For
+    TPUs it also converts all parameters to the dtype of the computation before the
+    loops over the layers; for GPUs each layer when it is used.
     """
     config, mesh = experiment.config, experiment.mesh
     trees = _trees(experiment, is_tpu)
@@ -138,6 +139,7 @@ def _trees(experiment: Experiment, is_tpu: bool) -> dict:
     return _state_trees(experiment) | {
         'converted parameters': converted if is_tpu and dtype != jnp.float32 else {},
         'gradient': params,
+        'sum of gradients': params if experiment.config.train.accumulate > 1 else {},
     }
 
 

@@ -182,26 +182,33 @@ class Experiment:
             array((), jnp.int32, sharding=split.number),
         )
 
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The train step on the mesh, ready to compile."""
+        state = self.abstract_state()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        step = self.compile_train_step(shardings)
+        return step.lower(state, self.abstract_pool(), key)
+
     def lower_programs(self) -> dict[str, jax.stages.Lowered]:
         """The programs of a run on the mesh, ready to compile, by name.
 
         The train step, the coupling of a pool if there is one on the devices, and the
         sampler, without the autoencoder, with the config's largest number of steps.
         """
-        state, pool = self.abstract_state(), self.abstract_pool()
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = self.compile_train_step(shardings)
-        programs = {'train step': step.lower(state, pool, key)}
+        programs = {'train step': self.lower_train_step()}
         if self.coupling is not None and not self.is_semidiscrete:
-            programs['coupling of a pool'] = jax.jit(self._couple).lower(pool, key)
+            key = jax.eval_shape(lambda: jax.random.key(0))
+            couple = jax.jit(self._couple)
+            programs['coupling of a pool'] = couple.lower(self.abstract_pool(), key)
         sampler = Sampler(
             self.objective,
             self.apply,
             self.image_shape,
             batch_size=self.config.sample.batch_size,
         )
-        programs['sampler'] = sampler.lower(state.infer, max(self.config.sample.steps))
+        params = self.abstract_state().infer
+        programs['sampler'] = sampler.lower(params, max(self.config.sample.steps))
         return programs
 
     def _couple(self, pool, key):

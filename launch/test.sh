@@ -5,6 +5,7 @@
 #   bash launch/test.sh tests/models/test_sit.py       # one file; any arguments of pytest
 #   bash launch/test.sh -m slow                        # the slow tests
 #   PARITY=1 bash launch/test.sh                       # all, with tests/parity.txt
+#   bash launch/test.sh -m tpu_compile                 # compiles for TPUs, without any
 #
 # Tests mirror the package: tests/models/ is for ism_jax/models/. tests/parity.txt has the
 # original networks that ours are compared with, and what the notebook and the web page
@@ -26,6 +27,10 @@ if [ -n "${PARITY:-}" ]; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --no-deps 'torch-fidelity>=0.4,<0.5'
   install parity.txt
+fi
+if [[ " $* " == *" tpu_compile "* ]]; then # libtpu of this JAX: 640 MB.
+  jax="$(.venv/bin/python -c 'import jax; print(jax.__version__)')"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$jax"
 fi
 if [ $# -eq 0 ]; then
   set -- --numprocesses=2 --dist=loadfile

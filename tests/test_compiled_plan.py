@@ -116,9 +116,9 @@ def _compile_step(config, topology, classes=1000):
         num_classes=classes,
         image_shape=(side, side, config.data.channels),
     )
-    lowered = experiment.lower_programs()['train step']
+    compiled = experiment.lower_train_step().compile()
     params = jax.tree.leaves(experiment.abstract_state().params)
-    program = compiled_program.read(lowered.compile(), [p.shape for p in params])
+    program = compiled_program.read(compiled, [p.shape for p in params])
     chip = chips.parse(topology)
     return program, cost.make_plan(config, mesh.size, classes, chip)
 
@@ -136,7 +136,6 @@ def test_a_slice_moves_parameters_and_not_activations(topology, data, fsdp):
     config.model.update(hidden_size=256, num_heads=4, depth=4)
     config.transport.enabled = config.wavelet.enabled = False
     config.mesh.update(data=data, fsdp=fsdp)
-    config.sample.update(steps=(1,), batch_size=64)
     program, plan = _compile_step(config, topology)
     parameters = 4 * plan.parameters
     # Each gradient is added once, at most in float32.
@@ -215,7 +214,7 @@ def test_launch_files_fit_by_prediction(read):
 
 def test_every_named_slice_is_compiled_for():
     """Docs and launch files name no slice that the tests above do not compile."""
-    compiled = {_gke_command()[0], _tpu_pod_command()[0], 'h100:8', 'a100:8'}
+    compiled = {_gke_command()[0], _tpu_pod_command()[0]}
     named = set()
     for path in (*ROOT.glob('launch/*'), *ROOT.glob('docs/*.md'), ROOT / 'README.md'):
         if path.suffix in ('.md', '.sh', '.yaml', '.sbatch'):

@@ -28,6 +28,17 @@ FREE = (
     'optimization-barrier',
 )  # fmt: skip
 FREE_CALLS = ('ConcatBitcast', 'AllocateBuffer', 'AssumeGatherIndicesInBound')
+# Parts of a train step by the names in the Python program; the first that matches.
+PARTS = (
+    ('MLP products', r'mlp_(in|out)/dot_general'),
+    ('attention scores and values', r'BTNH|BNTS|BSNH|dot_product_attention|vmap\(\)/'),
+    ('qkv and projection products', r'(qkv|projection)/dot_general'),
+    ('modulation products', r'modulation/dot_general'),
+    ('other work of the blocks', r'/blocks/|checkpoint|while/body'),
+    ('embeddings, last layer, loss', r'SiT|jvp'),
+    ('optimizer, EMAs, metrics', r'train_step'),
+    ('copies', r''),
+)
 SLICES = ('slice', 'dynamic-slice', 'gather')
 
 
@@ -64,6 +75,8 @@ class Operation:
       times: number of executions.
       flops: FLOPs of its matrix products.
       bytes: read from and written to the chip's main memory.
+      cycles: what the compiler for TPUs assumes that it takes; 0 on other chips. A rule
+        of thumb of the compiler: good for shares of a program, not for times.
     """
 
     name: str
@@ -71,6 +84,7 @@ class Operation:
     times: int
     flops: int
     bytes: int
+    cycles: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +122,27 @@ class Program:
         """Number of executions of collectives; by default of all."""
         return sum(c.count for c in self.select(kind, content))
 
+    def cycles_by_part(self) -> dict[str, float]:
+        """Shares of the cycles by part of a transformer's train step, largest first.
+
+        Empty on chips whose compiler gives no cycles.
+        """
+        total = sum(o.cycles for o in self.operations)
+        parts = {}
+        for o in self.operations:
+            names = (part for part, pattern in PARTS if re.search(pattern, o.source))
+            part = next(names)
+            parts[part] = parts.get(part, 0) + o.cycles
+        rows = sorted(parts.items(), key=lambda row: -row[1])
+        return {part: cycles / total for part, cycles in rows if cycles}
+
     def record(self) -> dict:
         """The figures as JSON can hold them, without those of each operation."""
         return {
             'memory': self.memory,
             'flops': self.flops,
             'bytes': self.bytes,
+            'cycles_by_part': self.cycles_by_part(),
             'collectives': [dataclasses.asdict(c) for c in self.collectives],
             'unknown_loops': self.unknown_loops,
         }
@@ -187,6 +216,8 @@ def _operations(module: hlo.Module, executions) -> Iterator[Operation]:
             times=execution.times,
             flops=execution.times * _flops(module, computation, instruction),
             bytes=execution.times * _bytes(module, computation, instruction),
+            cycles=execution.times
+            * int(instruction.attribute(r'estimated_cycles":"(\d+)"') or 0),
         )
 
 

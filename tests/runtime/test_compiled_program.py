@@ -32,6 +32,7 @@ def test_a_loop_on_a_tpu_counts_as_often_as_it_runs():
     assert product.bytes == 28 * 2 * (8 * 16 + 32 * 16)  # `x` is in a cache.
     (layer,) = [o for o in program.operations if o.name == 'layer']
     assert layer.bytes == 28 * 2 * 2 * 8 * 4  # One layer, not the stack.
+    assert program.cycles_by_part() == {'MLP products': 0.75, 'copies': 0.25}
 
 
 def test_collectives_have_a_kind_a_content_and_bytes():
@@ -79,6 +80,17 @@ def test_a_batch_of_products_is_counted_without_its_padding():
 def test_a_library_call_of_a_gpu_is_a_product():
     text = (PROGRAMS / 'gpu_product.txt').read_text()
     assert compiled_program.read_text(text).flops == 2 * 64 * 32 * 128
+
+
+def test_arrays_that_a_gpu_joins_are_told_apart():
+    text = (PROGRAMS / 'gpu_sums.txt').read_text()
+    program = compiled_program.read_text(text, [(16, 8)])
+    found = _by_key(program)
+    assert found['all-reduce', 'gradients'].bytes == 2 * 128
+    assert found['all-reduce', 'activations'].bytes == 2 * 6
+    # An update of one row of a stack, beside other work.
+    (update,) = [o for o in program.operations if o.name == 'fusion-start']
+    assert update.bytes == 2 * 2 * 128 + 4  # And the index.
 
 
 @functools.cache
