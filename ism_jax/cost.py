@@ -121,13 +121,12 @@ def _layer_bytes(experiment: Experiment, batch: int) -> float:
     """Bytes that the backward pass of one layer needs besides what is kept.
 
     The attention scores and their gradient, in float32 unless the attention is fused;
-    and the hidden layer of the MLP and its gradient.
+    and the widest activation of the layer and its gradient.
     """
     model, (side, *_) = experiment.model, experiment.image_shape
-    tokens = (side // model.patch_size) ** 2
-    scores = 4 * model.num_heads * tokens**2 if model.attention != 'cudnn' else 0
-    width = jnp.dtype(model.dtype).itemsize * model.hidden_size
-    hidden = model.mlp_ratio * width * tokens
+    scores, hidden = model.workspace(side)
+    scores *= 0 if model.attention == 'cudnn' else 4
+    hidden *= jnp.dtype(model.dtype).itemsize
     return 2 * (scores + hidden) * batch / experiment.mesh.size
 
 
@@ -350,8 +349,8 @@ def summary(experiment: Experiment, workdir) -> list[str]:
     """Lines that describe the run, to print at its start."""
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     count = sit.num_parameters(model, experiment.image_shape)
-    is_tpu = mesh.devices.flat[0].platform == 'tpu'
-    memory = sum(bytes_per_device(experiment, is_tpu).values())
+    trees = _state_trees(experiment).values()
+    state = sum(tree_bytes(tree, mesh) for tree in trees)
     return [
         f'network:   {type(model).__name__}, {count:,} parameters, {model.sizes()}, '
         f'patch {model.patch_size}, {model.dtype}',
@@ -359,8 +358,8 @@ def summary(experiment: Experiment, workdir) -> list[str]:
         f'mesh data {mesh.shape["data"]} x fsdp {mesh.shape["fsdp"]}',
         f'data:      {experiment.source!r}',
         f'           {experiment.num_classes} classes, images {experiment.image_shape}',
-        f'memory:    {memory / 2**30:.2f} GiB per device predicted (--plan has the '
-        'details)',
+        f'state:     {state / 2**30:.2f} GiB per device (--plan predicts the memory '
+        'of a step)',
         f'objective: {config.objective.name}, {config.train.steps} steps of '
         f'{config.train.batch_size}',
         f'workdir:   {workdir}',

@@ -151,6 +151,11 @@ class SiT(conditions.ConditionedNetwork, kw_only=True):
         """The sizes of the network, in words."""
         return f'width {self.hidden_size}, {self.depth} layers, {self.num_heads} heads'
 
+    def workspace(self, side: int) -> tuple[float, float]:
+        """Attention scores, and values of the widest activation, of one sample."""
+        tokens = (side // self.patch_size) ** 2
+        return self.num_heads * tokens**2, self.mlp_ratio * self.hidden_size * tokens
+
     @nn.compact
     def __call__(self, x, t, d, w, label, interval=None, with_velocity=False):
         """Predicts the mean velocity over a step, or the velocity at t for d = 0.

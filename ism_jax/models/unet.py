@@ -136,6 +136,14 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
         widths = [self._features(i) for i in range(len(self.channel_multipliers))]
         return f'levels of width {", ".join(map(str, widths))}'
 
+    def workspace(self, side: int) -> tuple[float, float]:
+        """Attention scores, and values of the widest activation, of one sample."""
+        pixels = (side // self.patch_size) ** 2
+        first = len(self.channel_multipliers) - self.attention_levels
+        attended = pixels // 4**first if self.attention_levels else 0
+        # A block on the way up reads the output of two.
+        return self.num_heads * attended**2, 2 * self._features(0) * pixels
+
     @property
     def condition_size(self) -> int:
         return 4 * self.hidden_size  # As in ADM.
