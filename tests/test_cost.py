@@ -165,7 +165,7 @@ def test_a_run_that_does_not_fit_gets_a_field_to_change():
     assert 'it does not fit' not in cost.report(config, 16, chip, 1000, None)
     # A state that fits no single chip.
     few = cost.advice(config, 1, 1000, dataclasses.replace(chip, memory=2**30))
-    assert few.startswith('no mesh of these chips fits it')
+    assert few.startswith('no mesh of this many chips fits it')
 
 
 def test_plan_needs_no_data_and_no_devices(tmp_path):
