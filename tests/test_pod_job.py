@@ -1,0 +1,212 @@
+"""A pod job from start to end: `launch/tpu_pod.sh`, with processes in place of a pod.
+
+A stand-in for gcloud starts the processes of a slice on this machine; the bucket is an
+emulator's. The job is preempted twice, with and without a warning, and continues with
+another number of processes.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+import re
+import signal
+import subprocess
+import sys
+
+import fsspec
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+from stand_ins import path_of, stand_in
+
+import ism_jax
+from ism_jax import config as config_lib
+from ism_jax import train, trained_network
+from ism_jax.data import array_source
+from ism_jax.runtime import paths
+from ism_jax.training import checkpoint
+
+ROOT = Path(__file__).parent.parent
+SOURCE = 'folder:{url}/images'  # The data; any source in a bucket works.
+STEPS = 30
+
+# Arguments: NAME --zone ... of `gcloud compute tpus tpu-vm`. Each slice has the number
+# of workers in the next line of `sizes`; a worker is a folder with a Python that learns
+# its number from the environment, as it would from the metadata of a machine.
+GCLOUD = """
+echo "$4" >> "$FOLDER/calls"
+case "$4" in
+  describe) cat "$FOLDER/state" 2>/dev/null || exit 1 ;;
+  delete) rm -r "$FOLDER/state" "$FOLDER"/worker_* ;;
+  create)
+    size="$(head -n 1 "$FOLDER/sizes")"
+    sed -i 1d "$FOLDER/sizes"
+    echo "$((20000 + RANDOM % 10000))" > "$FOLDER/port"
+    for ((i = 0; i < size; i++)); do
+      mkdir -p "$FOLDER/worker_$i/ism_jax/.venv/bin"
+      cp "$FOLDER/python_" "$FOLDER/worker_$i/ism_jax/.venv/bin/python"
+    done
+    echo READY > "$FOLDER/state" ;;
+  ssh)
+    command="${@: -1}"
+    case "$command" in *'pip install'*) exit 0 ;; esac
+    case "$*" in *--worker=0*) cd "$FOLDER/worker_0" && exec bash -c "$command" ;; esac
+    for worker in "$FOLDER"/worker_*; do
+      (cd "$worker" && exec bash -c "echo \\$\\$ > shell; $command") &
+    done
+    wait ;;
+esac
+"""
+PYTHON = """
+shift  # -m
+here="$(cd "$(dirname "$0")/../../.." && pwd)"
+echo "$$" > "$here/process"
+workers=("$FOLDER"/worker_*)
+exec {python} -c 'import runpy, sys
+from ism_jax.runtime import lease
+lease.RENEW_SECONDS = 0.5
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)' \
+  "${{@/--distributed=on/--distributed=auto}}" --process_id "${{here##*_}}" \
+  --num_processes "${{#workers[@]}}" --coordinator "127.0.0.1:$(cat "$FOLDER/port")"
+"""
+
+
+@pytest.fixture
+def images(folder, tmp_path):
+    """120 digits in folders of their classes, on disk and in the bucket."""
+    digits = array_source.embedded_mnist(32)
+    client = fsspec.filesystem('gs')
+    for index in range(0, len(digits), len(digits) // 120):
+        record = digits[index]
+        path = tmp_path / 'images' / str(record['label']) / f'{index}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(record['image'][..., 0]).save(path)
+    client.put(f'{tmp_path}/images', f'{folder}/images', recursive=True)
+    return tmp_path / 'images'
+
+
+def _flags(source):
+    return {
+        'config.data.source': source,
+        'config.transport.enabled': False,  # Whose programs compile slowly.
+        'config.train.steps': STEPS,
+        'config.optimizer.warmup_steps': 0,
+        'config.checkpoint.every': 5,
+        'config.log.every': 1,
+        'config.log.grid_every': 0,
+        'config.log.parameters': False,
+        'config.scores.enabled': False,
+    }
+
+
+def _straight(source, workdir):
+    """An uninterrupted run of one process on disk."""
+    config = config_lib.with_argument(config_lib.default(), 'runlocal')
+    for name, value in _flags(source).items():
+        config.update_from_flattened_dict({name.removeprefix('config.'): value})
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'devices', lambda: devices)
+        train.train(config.lock(), workdir)
+    return trained_network.load(workdir)
+
+
+class Job:
+    """The launch script with its stand-ins; its output, line by line."""
+
+    def __init__(self, tmp_path, url, sizes, flags):
+        self.bin = tmp_path / 'bin'
+        stand_in(self.bin, 'gcloud', GCLOUD)
+        stand_in(self.bin, 'sleep', '')
+        stand_in(self.bin, 'python_', PYTHON.format(python=sys.executable))
+        (self.bin / 'sizes').write_text('\n'.join([*map(str, sizes), '']))
+        settings = {'NAME': 'job', 'ZONE': 'z', 'TYPE': 't', 'REPOSITORY': 'r'}
+        settings |= {'BUCKET': str(url), 'PATH': path_of(self.bin)}
+        settings |= {'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': str(ROOT)}
+        self.process = subprocess.Popen(
+            ['bash', ROOT / 'launch' / 'tpu_pod.sh',
+             f'--config={ROOT}/configs/quickstart.py:runlocal',
+             *(f'--{name}={value}' for name, value in flags.items())],
+            env=os.environ | settings, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.shown = ''
+
+    def wait_for(self, pattern):
+        for line in self.process.stdout:
+            self.shown += line
+            if re.search(pattern, line):
+                return
+        raise AssertionError(self.shown)
+
+    def pids(self, *names):
+        found = [p for name in names for p in self.bin.glob(f'worker_*/{name}')]
+        return [int(path.read_text()) for path in sorted(found)]
+
+    def preempt(self):
+        (self.bin / 'state').write_text('PREEMPTED')
+
+    def calls(self, name):
+        return (self.bin / 'calls').read_text().split().count(name)
+
+
+def _command(module, *arguments):
+    done = subprocess.run(
+        [sys.executable, '-m', f'ism_jax.{module}', *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''},
+        timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_preempted_pod_job_reaches_its_end(folder, images, tmp_path):
+    flags = _flags(SOURCE.format(url=folder))
+    job = Job(tmp_path, folder, [2, 1, 2], flags)
+    workdir = folder / 'job'
+    try:
+        # A warning: one process learns of it, and all save the same step.
+        job.wait_for(r'^step 3/')
+        job.preempt()
+        os.kill(job.pids('process')[1], signal.SIGTERM)
+        job.wait_for(r'step \d+ is saved, and the same command resumes the run')
+        (saved,) = checkpoint.saved_steps(workdir)
+
+        # No warning: all end at once, and so does what would report it.
+        job.wait_for(rf'^resuming at step {saved}$')
+        job.wait_for(rf'^step {saved + 7}/')
+        job.preempt()
+        for pid in job.pids('shell', 'process'):
+            os.kill(pid, signal.SIGKILL)
+        job.wait_for(r'^resuming at step \d+$')
+        resumed = int(job.shown.split()[-1])
+        assert saved < resumed and resumed % 5 == 0
+        job.wait_for('the slice still exists')
+        assert job.process.wait(60) == 0, job.shown
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+        job.process.communicate()
+    assert job.calls('create') == 3 and job.calls('delete') == 2
+    assert re.findall(r'mesh data (\d) x fsdp 1', job.shown) == ['2', '1', '2']
+
+    # Other numbers of processes add in another order.
+    run = trained_network.load(workdir)
+    straight = _straight(f'folder:{images}', tmp_path / 'straight')
+    assert run.step == straight.step == STEPS
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        run.params,
+        straight.params,
+    )
+    _command('evaluate', f'--workdir={workdir}', '--steps=1', '--guidance=0',
+             '--samples=20')  # fmt: skip
+    (score,) = json.loads(paths.read_bytes(workdir / 'scores.json'))
+    assert score['trained_steps'] == STEPS and np.isfinite(score['fd'])
+    _command('convert', 'export', f'--workdir={workdir}', f'--out={folder}/export')
+    model = ism_jax.load(f'{folder}/export')
+    assert model.trained_steps == STEPS
+    assert model.sample([0], steps=1).shape == (1, 32, 32, 1)
