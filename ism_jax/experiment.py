@@ -284,12 +284,12 @@ class Experiment:
 
         fast, classes = {}, self.config.data.classes_per_pool
         if classes:
-            # Twice the planned number and size of classes: chunks of a class may meet
-            # in a pool, and pools straddle chunks.
+            # Twice the planned number of classes and three times their size: pools
+            # straddle chunks, and up to three chunks of a class may meet in a pool.
             size = options.batches * self.config.train.batch_size
             chunk = -(-size // classes)
             fast = dict(
-                max_classes=min(2 * classes, size), class_capacity=min(2 * chunk, size)
+                max_classes=min(2 * classes, size), class_capacity=min(3 * chunk, size)
             )
         return jax.jit(
             functools.partial(
