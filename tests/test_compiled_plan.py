@@ -133,7 +133,8 @@ def _compile_step(config, topology, classes=1000):
 def test_a_slice_moves_parameters_and_not_activations(topology, data, fsdp):
     """A small network whose state is split as that of a large one."""
     config = _get_config('configs/imagenet256_ism_xl2.py', 'B/2,flow_matching')
-    config.model.update(hidden_size=256, num_heads=4, depth=4)
+    # XLA pads smaller parts, and padded gradients are not told from activations.
+    config.model.update(hidden_size=1024, num_heads=16, depth=2)
     config.transport.enabled = config.wavelet.enabled = False
     config.mesh.update(data=data, fsdp=fsdp)
     program, plan = _compile_step(config, topology)
@@ -148,8 +149,8 @@ def test_a_slice_moves_parameters_and_not_activations(topology, data, fsdp):
         # In bfloat16, for the forward and the backward pass.
         assert 0.4 * parameters < gathered < 1.3 * parameters
     moved = program.collective_bytes(content='activations')
-    tokens = 2 * 256 * 256 * config.train.batch_size / plan.devices
-    assert moved < 4 * tokens, (moved, tokens)  # Of 4 layers with a dozen each.
+    tokens = 2 * 256 * 1024 * config.train.batch_size / plan.devices
+    assert moved < tokens, (moved, tokens)  # Each layer has a dozen such arrays.
     assert program.unknown_loops == 0
 
 
