@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import errno
 import importlib.util
+import io
 import os
 import pathlib
 import re
@@ -133,11 +134,9 @@ def read_bytes(path: Path) -> bytes:
         return _client(path).cat_file(os.fspath(path))
 
 
-@contextlib.contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Yields a file to read from at any position."""
-    with errors(path), path.open('rb') as file:
-        yield file
+def open_file(path: Path) -> BinaryIO:
+    """A file to read from at any position; an object of a bucket is in memory."""
+    return io.BytesIO(read_bytes(path)) if is_bucket(path) else path.open('rb')
 
 
 def put(path: Path, data: bytes) -> None:
