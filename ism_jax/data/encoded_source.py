@@ -73,6 +73,8 @@ class EncodedSource(source.Source):
 
     def _read(self, index: int) -> np.ndarray:
         size, _, channels = self.image_shape
-        file = self.encoded(index)
-        with source.decoding(self.name_of(index)), Image.open(file) as image:
+        with (
+            source.decoding(self.name_of(index)),
+            Image.open(self.encoded(index)) as image,
+        ):
             return image_crop.center_crop(image, size, channels)
