@@ -161,13 +161,16 @@ def _constrain(x, mesh, spec):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def group_copies(tree, mesh: jax.sharding.Mesh):
+def group_copies(tree, mesh: jax.sharding.Mesh | None):
     """Returns a copy of parameters [...] for each group of devices, [data, ...].
 
     A group is a position on the axis `data`. It takes no memory or communication: the
     parameters are replicated over this axis. Gradients with respect to the copies do
     not cross groups, so that parts of a batch can be accumulated before they do.
+    Without a mesh, the tree is returned as it is.
     """
+    if mesh is None:
+        return tree
 
     def copy(leaf):
         copies = jnp.broadcast_to(leaf[None], (mesh.shape['data'], *leaf.shape))

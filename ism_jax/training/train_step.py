@@ -59,33 +59,17 @@ def train_step(
     batch = paired_pool.pool_batch(pool, state.step, seed_key)
     key = random_streams.stream(seed_key, random_streams.OBJECTIVE, state.step)
 
-    params, target_params = state.params, state.target_params()
-    if groups is not None:
-        params = sharding.group_copies(params, groups)
-        target_params = sharding.group_copies(target_params, groups)
+    params = sharding.group_copies(state.params, groups)
+    target_params = sharding.group_copies(state.target_params(), groups)
+
+    options = dict(distance=distance, progress=state.step / num_steps)
 
     def loss_fn(params, batch, key):
-        return objective(
-            apply,
-            params,
-            target_params,
-            batch,
-            key,
-            distance=distance,
-            progress=state.step / num_steps,
-        )
-
-    def gradient_fn(params, batch, key):
-        out, gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
-        if groups is not None:
-            gradient = sharding.constrain_groups(gradient, groups)
-        return out, gradient
+        return objective(apply, params, target_params, batch, key, **options)
 
     (loss, metrics), gradient = _accumulated(
-        gradient_fn, params, batch, key, accumulate
+        loss_fn, params, batch, key, accumulate, groups
     )
-    if groups is not None:
-        gradient = sharding.sum_groups(gradient, groups)
     gradient_norm = optax.global_norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
@@ -130,8 +114,15 @@ def _state_metrics(state: TrainState) -> dict[str, jax.Array]:
     return metrics
 
 
-def _accumulated(gradient_fn, params, batch: Batch, key, parts: int):
+def _accumulated(loss_fn, params, batch: Batch, key, parts: int, groups):
     """Mean loss, metrics and gradient over `parts` equal parts of the batch."""
+
+    def gradient_fn(params, batch, key):
+        out, gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+        if groups is not None:
+            gradient = sharding.constrain_groups(gradient, groups)
+        return out, gradient
+
     if parts == 1:
         return gradient_fn(params, batch, key)
 
@@ -151,7 +142,10 @@ def _accumulated(gradient_fn, params, batch: Batch, key, parts: int):
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(body, zeros, (batches, jnp.arange(parts)))
-    return jax.tree.map(lambda a: a / parts, total)
+    out, gradient = jax.tree.map(lambda a: a / parts, total)
+    if groups is not None:
+        gradient = sharding.sum_groups(gradient, groups)
+    return out, gradient
 
 
 def _distance(a: Any, b: Any) -> jax.Array:
