@@ -7,6 +7,7 @@ import pytest
 from random_network import SHAPE, SMALL, random_inputs, random_params
 
 from ism_jax.models import conditions, in_context, sit
+from ism_jax.runtime import sharding
 
 TOKENS = 8 + 4 + 4 + 16
 
@@ -57,7 +58,7 @@ def test_blocks_are_those_of_the_paper():
     angles = jnp.asarray(in_context.rotations(TOKENS, 16))
     ours = h
     for layer in range(3):
-        block = in_context.Block(2, 4.0, jnp.float32, 'xla', None)
+        block = in_context.Block(2, 4.0, jnp.float32, 'xla', sharding.BatchSharding())
         own = jax.tree.map(lambda a, layer=layer: a[layer], params)
         ours, _ = block.apply({'params': own}, ours, angles)
     for image, found in zip(h, ours, strict=True):

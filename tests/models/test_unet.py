@@ -11,7 +11,7 @@ from random_network import SHAPE, random_inputs, random_params
 from ism_jax import config as config_lib
 from ism_jax import config_check, cost
 from ism_jax.models import sit, unet
-from ism_jax.runtime import sharding
+from ism_jax.runtime import sharding, traced_flops
 
 SMALL = dict(
     num_classes=5,
@@ -67,7 +67,7 @@ def test_block_is_that_of_adm():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 6, 4, 8)).astype('f')
     condition = rng.normal(size=(2, 12)).astype('f')
-    block = unet.Block(16, jnp.float32, None)
+    block = unet.Block(16, jnp.float32, sharding.BatchSharding())
     params = block.init(jax.random.key(0), x, condition)['params']
     params = jax.tree.map(lambda a: a + 0.3 * rng.normal(size=a.shape), params)
     ours = block.apply({'params': params}, x, condition)
@@ -87,8 +87,8 @@ def test_folding_keeps_neighbours_together():
 def test_residuals_and_output_are_initialised_to_zero():
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 8)).astype('f')
     block, attention = (
-        unet.Block(8, jnp.float32, None),
-        unet.Attention(2, jnp.float32, 'xla'),
+        unet.Block(8, jnp.float32, sharding.BatchSharding()),
+        unet.Attention(2, jnp.float32, 'xla', sharding.BatchSharding()),
     )
     out, _ = block.init_with_output(jax.random.key(0), x, np.ones((2, 12), 'f'))
     np.testing.assert_array_equal(out, x)
@@ -148,7 +148,7 @@ def test_options_that_keep_the_function():
     assert 1e-5 < jnp.abs(coarse - base).max() / jnp.abs(base).max() < 0.1
 
 
-def test_a_mesh_changes_nothing():
+def test_a_mesh_changes_nothing(eight_devices):
     mesh = sharding.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
     options = dict(hidden_size=32, attention_levels=0)
     params, inputs = random_params(_model(**options)), random_inputs(d=0.5, w=1.0)
@@ -199,7 +199,7 @@ def test_plan_counts_what_is_made():
     assert plan.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
     x, one, label = jnp.zeros((1, 28, 28, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     inputs = x, one, one, one, label
-    forward = cost.count_flops(model.apply, {'params': params}, *inputs)
+    forward = traced_flops.count_flops(model.apply, {'params': params}, *inputs)
     # Forward passes per sample: 3 for the gradient, and the teachers'.
     passes = config.train.batch_size * (3 + 2 / 4 + 2 / 4)
     assert plan.flops_per_step == pytest.approx(passes * forward, rel=0.02)

@@ -154,7 +154,7 @@ class Deterministic(BaseObjective):
         return loss, {'velocity/loss': loss}
 
 
-def test_accumulated_parts_equal_the_batch():
+def test_accumulated_parts_equal_the_batch(eight_devices):
     """On one device, and in two groups of devices that accumulate separately."""
     objective = Deterministic(num_classes=4)
     one = sharding.make_mesh(devices=jax.devices()[:1])
