@@ -43,6 +43,7 @@ printf '%s\n' "$@" >>"$list"
 if [ -n "${PRINT:-}" ]; then
   cat "$list"
 else
+  # pip warns of every package that one of several local indices does not have.
   "$python" -m pip install --disable-pip-version-check --root-user-action=ignore \
-    --progress-bar=off -r "$list" | show_progress
+    --progress-bar=off -r "$list" 2> >(grep -v '^WARNING: Location' >&2) | show_progress
 fi
