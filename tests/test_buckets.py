@@ -39,7 +39,7 @@ def quick(monkeypatch):
 
 
 def _start(module, *arguments):
-    environment = os.environ | {'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
+    environment = os.environ | {'PYTHONUNBUFFERED': '1'}
     command = [sys.executable, '-c', COMMAND, f'ism_jax.{module}']
     return subprocess.Popen(
         [*command, *map(str, arguments)], cwd=ROOT, env=environment,

@@ -1,11 +1,12 @@
 """A pod job from start to end: `launch/tpu_pod.sh`, with processes in place of a pod.
 
-A stand-in for gcloud starts the processes of a slice on this machine; the bucket is an
-emulator's. The job is preempted twice, with and without a warning, and continues with
-another number of processes.
+A stand-in for gcloud starts the processes of a slice on this machine. The run and its
+data, Parquet files, are in the bucket of an emulator. The job is preempted twice, with
+and without a warning, and continues with another number of processes.
 """
 
 import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -15,12 +16,12 @@ import signal
 import subprocess
 import sys
 
-import fsspec
 import jax
 import numpy as np
 import optax
 from PIL import Image
 import pytest
+import sharded_files
 from stand_ins import path_of, stand_in
 
 import ism_jax
@@ -30,7 +31,7 @@ from ism_jax.runtime import paths
 from ism_jax.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
-SOURCE = 'folder:{url}/images'  # The data; any source in a bucket works.
+SOURCE = 'parquet:{folder}/data/*.parquet'
 STEPS = 30
 
 # Arguments: NAME --zone ... of `gcloud compute tpus tpu-vm`. Each slice has the number
@@ -76,22 +77,24 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)' \
 
 
 @pytest.fixture
-def images(folder, tmp_path):
-    """120 digits in folders of their classes, on disk and in the bucket."""
+def data(folder, tmp_path):
+    """Writes 120 digits as Parquet shards, on disk and to the bucket."""
     digits = array_source.embedded_mnist(32)
-    client = fsspec.filesystem('gs')
+    images = []
     for index in range(0, len(digits), len(digits) // 120):
-        record = digits[index]
-        path = tmp_path / 'images' / str(record['label']) / f'{index}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(record['image'][..., 0]).save(path)
-    client.put(f'{tmp_path}/images', f'{folder}/images', recursive=True)
-    return tmp_path / 'images'
+        file = io.BytesIO()
+        Image.fromarray(digits[index]['image'][..., 0]).save(file, 'PNG')
+        images.append((file.getvalue(), digits[index]['label']))
+    local = tmp_path / 'data'
+    sharded_files.write_parquet(local, images, map(str, range(10)), (50, 70))
+    for path in local.iterdir():
+        paths.upload(path, folder / 'data' / path.name)
 
 
-def _flags(source):
+def _flags(folder, cache):
     return {
-        'config.data.source': source,
+        'config.data.source': SOURCE.format(folder=folder),
+        'config.data.dir': str(cache),
         'config.transport.enabled': False,  # Whose programs compile slowly.
         'config.train.steps': STEPS,
         'config.optimizer.warmup_steps': 0,
@@ -103,17 +106,14 @@ def _flags(source):
     }
 
 
-def _straight(source, workdir):
+def _straight(folder):
     """An uninterrupted run of one process on disk."""
     get_config = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']
     config = get_config('runlocal')
-    for name, value in _flags(source).items():
+    for name, value in _flags(folder, folder / 'cache').items():
         config.update_from_flattened_dict({name.removeprefix('config.'): value})
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, 'devices', lambda: devices)
-        train.train(config.lock(), workdir)
-    return trained_network.load(workdir)
+    train.train(config.lock(), folder / 'straight')
+    return trained_network.load(folder / 'straight')
 
 
 class Job:
@@ -127,7 +127,7 @@ class Job:
         (self.bin / 'sizes').write_text('\n'.join([*map(str, sizes), '']))
         settings = {'NAME': 'job', 'ZONE': 'z', 'TYPE': 't', 'REPOSITORY': 'r'}
         settings |= {'BUCKET': str(url), 'PATH': path_of(self.bin)}
-        settings |= {'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1', 'PYTHONPATH': str(ROOT)}
+        settings |= {'PYTHONUNBUFFERED': '1', 'PYTHONPATH': str(ROOT)}
         self.process = subprocess.Popen(
             ['bash', ROOT / 'launch' / 'tpu_pod.sh',
              f'--config={ROOT}/configs/quickstart.py:runlocal',
@@ -158,15 +158,14 @@ class Job:
 def _command(module, *arguments):
     done = subprocess.run(
         [sys.executable, '-m', f'ism_jax.{module}', *arguments],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {'XLA_FLAGS': ''},
-        timeout=400,
+        capture_output=True, text=True, cwd=ROOT, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_a_preempted_pod_job_reaches_its_end(folder, images, tmp_path):
-    flags = _flags(SOURCE.format(url=folder))
+def test_a_preempted_pod_job_reaches_its_end(folder, data, tmp_path):
+    flags = _flags(folder, tmp_path / 'cache')
     job = Job(tmp_path, folder, [2, 1, 2], flags)
     workdir = folder / 'job'
     try:
@@ -197,7 +196,7 @@ def test_a_preempted_pod_job_reaches_its_end(folder, images, tmp_path):
     assert re.findall(r'mesh data (\d) x fsdp 1', job.shown) == ['2', '1', '2']
 
     run = trained_network.load(workdir)
-    straight = _straight(f'folder:{images}', tmp_path / 'straight')
+    straight = _straight(tmp_path)
     assert run.step == straight.step == STEPS
     # Other numbers of processes add in another order.
     difference = optax.global_norm(

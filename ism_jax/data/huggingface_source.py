@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ism_jax.data import encoded_source, shards
+from ism_jax.runtime import paths
 
 
 class HuggingFaceSource(encoded_source.EncodedSource):
@@ -84,8 +85,8 @@ def open_parquet(pattern: str, *, data_dir: str = '', **options) -> HuggingFaceS
     """Opens Parquet files.
 
     Args:
-      pattern: see `shards.find_shards`.
-      data_dir: folder of the cache of `datasets`; '' for its default.
+      pattern: see `shards.find_shards`; local or in a bucket.
+      data_dir: local folder of the cache of `datasets`; '' for its default.
       **options: image_size, channels, on_corrupt; see `EncodedSource`.
 
     Raises:
@@ -98,9 +99,10 @@ def open_parquet(pattern: str, *, data_dir: str = '', **options) -> HuggingFaceS
     from pyarrow import parquet
 
     files = []
-    for path in shards.find_shards(pattern, 'parquet'):
+    for path in shards.find_shards(pattern, 'parquet', tuple(paths.CLIENTS)):
         try:
-            files.append((str(path), parquet.read_metadata(path).num_rows))
+            with path.open('rb') as file:
+                files.append((str(path), parquet.read_metadata(file).num_rows))
         except pyarrow.ArrowInvalid as error:
             raise ValueError(
                 f'{path} is truncated or not a Parquet file ({error}); copy or '

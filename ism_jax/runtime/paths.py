@@ -9,6 +9,7 @@ here.
 from collections.abc import Iterator, Sequence
 import contextlib
 import errno
+import glob
 import importlib.util
 import io
 import os
@@ -123,6 +124,17 @@ def files_below(folder: Path) -> dict[str, int]:
         for name, about in sorted(found.items())
         if name.startswith(prefix) and not name.endswith('/')
     }
+
+
+def find(pattern: str) -> list[Path]:
+    """The files that match a pattern with the wildcards `*`, `?` and `**`."""
+    if not is_bucket(pattern):
+        found = map(pathlib.Path, glob.glob(pattern, recursive=True))
+        return [path for path in found if path.is_file()]
+    scheme = pattern.partition('://')[0]
+    with errors(pattern):
+        names = _client(pattern).glob(pattern)
+    return [epath.Path(f'{scheme}://{name}') for name in names]
 
 
 def read_bytes(path: Path) -> bytes:

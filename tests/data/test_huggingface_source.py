@@ -8,6 +8,7 @@ import pytest
 from sharded_files import write_parquet
 
 from ism_jax.data import sources
+from ism_jax.runtime import paths
 
 datasets = pytest.importorskip('datasets', reason='it writes the files')
 
@@ -46,6 +47,19 @@ def test_rows_have_the_names_of_their_shards(exported, open_source):
         f'row {row} of {exported}/train-0000{shard}-of-00003.parquet'
         for row, shard in ((0, 0), (3, 0), (0, 1), (0, 2))
     ]
+
+
+def test_shards_in_a_bucket(exported, open_source, folder):
+    for path in exported.iterdir():
+        paths.upload(path, folder / path.name)
+    source = open_source(f'parquet:{folder}/train-*.parquet')
+    local = open_source(f'parquet:{exported}/*.parquet')
+    for ours, same in zip(source, local, strict=True):
+        np.testing.assert_array_equal(ours['image'], same['image'])
+    assert source.name_of(4) == f'row 0 of {folder}/train-00001-of-00003.parquet'
+    paths.remove_file(folder / 'train-00001-of-00003.parquet')
+    with pytest.raises(ValueError, match=r'00001-of-00003.parquet does not exist'):
+        open_source(f'parquet:{folder}/*.parquet')
 
 
 def test_a_folder_of_the_hub(exported, open_source):
