@@ -138,21 +138,18 @@ def test_command_line_prints_the_plan(name):
 
 
 @pytest.mark.parametrize(
-    'name, accumulate, chip, devices, fsdp, compiled',
+    'name, chip, devices, fsdp, compiled',
     # Peak GiB per chip of the compiled train step, see docs/performance.md.
     [
-        ('imagenet256_ism_xl2', 1, 'v5p', 16, 1, 19.04),
-        ('imagenet256_imm_xl2', 4, 'v5p', 16, 1, 27.3),
-        ('imagenet256_ism_xl2', 1, 'v5e', 16, 4, 6.72),
-        ('imagenet512_ism_xl2', 1, 'v5e', 16, 4, 15.9),
-        ('imagenet256_ism_xl2', 1, 'h100', 8, 1, 20.68),
+        ('imagenet256_ism_xl2', 'v5p', 16, 1, 19.36),
+        ('imagenet256_ism_xl2', 'v5e', 16, 4, 7.09),
     ],
 )
 def test_predicted_memory_is_that_of_compiled_programs(
-    name, accumulate, chip, devices, fsdp, compiled
+    name, chip, devices, fsdp, compiled
 ):
     config = _get_config(name)
-    config.train.accumulate, config.mesh.fsdp = accumulate, fsdp
+    config.mesh.fsdp = fsdp
     made = cost.make_plan(config, devices, 1000, chips.CHIPS[chip])
     assert made.peak_bytes / 2**30 == pytest.approx(compiled, rel=cost.PREDICTION_ERROR)
 
