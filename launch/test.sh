@@ -2,6 +2,7 @@
 # Sets up the environment and runs the tests, two files at a time:
 #
 #   bash launch/test.sh                                # all, without slow tests
+#   bash launch/test.sh --fast                         # without files that train networks
 #   bash launch/test.sh tests/models/test_sit.py       # one file; any arguments of pytest
 #   bash launch/test.sh -m slow                        # the slow tests
 #   PARITY=1 bash launch/test.sh                       # all, with tests/parity.txt
@@ -32,8 +33,11 @@ if [[ " $* " == *" tpu_compile "* ]]; then # libtpu of this JAX: 640 MB.
   jax="$(.venv/bin/python -c 'import jax; print(jax.__version__)')"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$jax"
 fi
+parallel=(--numprocesses=2 --dist=loadfile --durations=20)
 if [ $# -eq 0 ]; then
-  set -- --numprocesses=2 --dist=loadfile
+  set -- "${parallel[@]}"
+elif [ "$1" = --fast ]; then
+  set -- "${parallel[@]}" -m 'not slow and not tpu_compile and not long' "${@:2}"
 fi
 echo "tests: python -m pytest $*"
 exec .venv/bin/python -m pytest "$@"

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 import secrets
 import sys
 import tempfile
@@ -39,6 +40,19 @@ from ism_jax.runtime import paths  # noqa: E402
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_num_cpu_devices', 8)
 DEVICES = jax.devices()
+TESTS = Path(__file__).parent
+
+
+# Files that train networks, start processes or compile many programs, which
+# `launch/test.sh --fast` leaves out.
+LONG = ()
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of `LONG` files."""
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix() in LONG:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -96,9 +96,14 @@ class Objective(BaseObjective):
 
     def jump(self, apply, params, x, t, label) -> jax.Array:
         """The consistency function f, [B, H, W, C]; t and label [B]."""
-        zeros = jnp.zeros_like(t)
         rest = 1 / (1 + self.sigma_min) - t
-        return interpolant.step(x, apply(params, x, t, zeros, zeros, label), rest)
+        velocity = self.velocity(apply, params, x, t, None, None, label)
+        return interpolant.step(x, velocity, rest)
+
+    def velocity(self, apply, params, x, t, d, w, label):
+        del d, w  # The step of a jump ends at the data, and there is no guidance.
+        zeros = jnp.zeros_like(t)
+        return apply(params, x, t, zeros, zeros, label)
 
     def sample(self, apply, params, noise, label, w, times, steps, key):
         del w  # No guidance.

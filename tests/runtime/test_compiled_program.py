@@ -117,7 +117,7 @@ def _layers_with_sums():
     return jax.jit(apply).lower(x, stack).compile()
 
 
-def test_a_scan_compiled_for_cpus():
+def test_a_scan_compiled_for_cpus(eight_devices):
     compiled = _layers_with_sums()
     program = compiled_program.read(compiled, [(5, 32, 32)])
     assert program.flops == 5 * 2 * 16 * 32 * 32
