@@ -45,7 +45,50 @@ TESTS = Path(__file__).parent
 
 # Files that train networks, start processes or compile many programs, which
 # `launch/test.sh --fast` leaves out.
-LONG = ()
+LONG = {
+    'interchange/test_autoencoder_weights.py',
+    'models/test_in_context.py',
+    'models/test_sit.py',
+    'models/test_unet.py',
+    'models/test_vae.py',
+    'objectives/test_objectives.py',
+    'objectives/test_training.py',
+    'runtime/test_distributed.py',
+    'runtime/test_lease.py',
+    'runtime/test_sharding.py',
+    'test_ablation.py',
+    'test_benchmark.py',
+    'test_buckets.py',
+    'test_compiled_plan.py',
+    'test_config.py',
+    'test_convert.py',
+    'test_cost.py',
+    'test_demo.py',
+    'test_diagnose.py',
+    'test_docs.py',
+    'test_evaluate.py',
+    'test_generator.py',
+    'test_launch.py',
+    'test_notebook.py',
+    'test_pod_job.py',
+    'test_prepare_data.py',
+    'test_properties.py',
+    'test_push.py',
+    'test_rehearsal.py',
+    'test_sample.py',
+    'test_sharing.py',
+    'test_wheel.py',
+    'training/test_determinism.py',
+    'training/test_event_file.py',
+    'training/test_init_from.py',
+    'training/test_potentials_file.py',
+    'training/test_previous_version.py',
+    'training/test_reliability.py',
+    'training/test_resume.py',
+    'training/test_train_step.py',
+    'training/test_writers.py',
+    'transport/test_coupling.py',
+}
 
 
 def pytest_collection_modifyitems(items):
