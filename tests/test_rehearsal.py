@@ -69,7 +69,11 @@ def parts(tmp_path_factory):
 
 def _run(module, *arguments, processes_logs=None):
     """Runs a command, in two processes if a folder for their logs is given."""
-    environment = os.environ | {'PYTHON': sys.executable, 'LOGS': str(processes_logs)}
+    environment = os.environ | {
+        'XLA_FLAGS': '',  # Feature networks run longer than they compile.
+        'PYTHON': sys.executable,
+        'LOGS': str(processes_logs),
+    }
     command = [sys.executable, '-m', f'ism_jax.{module}']
     if processes_logs:
         script = ROOT / 'launch' / 'local_processes.sh'
