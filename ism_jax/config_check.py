@@ -14,6 +14,7 @@ from ism_jax.evaluation import sample_scorer
 from ism_jax.method import time_grid, wavelet
 from ism_jax.models import attention, conditions, sit
 from ism_jax.objectives import alpha_flow
+from ism_jax.runtime import paths
 from ism_jax.training import optimizer, writers
 
 
@@ -61,7 +62,7 @@ RULES = {
     'model.blocks_per_level': ('in 1 .. 64', lambda v: 1 <= v <= 64),
     'model.attention_levels': _at_least(0),
     'model.dtype': _one_of('float32', 'bfloat16'),
-    'model.remat': _one_of(*sit.REMAT_POLICIES),
+    'model.remat': _one_of(*conditions.REMAT_POLICIES),
     'model.attention': _one_of(*attention.IMPLEMENTATIONS),
     'model.unroll': _at_least(1),
     'model.step_embedding': _one_of(*conditions.STEP_EMBEDDINGS),
@@ -423,7 +424,7 @@ def _data_problems(c) -> Iterator[str]:
             f'data.source = {c.data.source!r} gives images; set it to '
             "'latents:PATH' (see ism_jax.prepare_data) or data.autoencoder to ''"
         )
-    if latents and '://' in c.data.source and not c.data.cache_dir:
+    if latents and paths.is_bucket(c.data.source) and not c.data.cache_dir:
         yield (
             f'data.source = {c.data.source!r} is in a bucket, which is slow to read '
             'record by record; set data.cache_dir to a folder on a local disk, to '

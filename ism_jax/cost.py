@@ -18,7 +18,7 @@ from ism_jax import config_check
 from ism_jax.experiment import Experiment
 from ism_jax.method import loss_distance
 from ism_jax.method.training_batch import Batch
-from ism_jax.models import sit
+from ism_jax.models import conditions
 from ism_jax.runtime import chips, sharding, traced_flops
 
 # Fraction of a chip's peak that hours of training assume if none is given. Large
@@ -88,7 +88,7 @@ def make_plan(
     )
     return Plan(
         devices=devices,
-        parameters=sit.num_parameters(experiment.model, shape),
+        parameters=conditions.num_parameters(experiment.model, shape),
         bytes_per_device=bytes_per_device(experiment, chip and chip.is_tpu),
         flops_per_step=step_flops(experiment),
         steps=config.train.steps,
@@ -132,7 +132,7 @@ def _layer_bytes(experiment: Experiment, batch: int) -> float:
 
 def _trees(experiment: Experiment, is_tpu: bool) -> dict:
     """Shapes of the trees in memory during a backward pass."""
-    params = sit.abstract_params(experiment.model, experiment.image_shape)
+    params = conditions.abstract_params(experiment.model, experiment.image_shape)
     dtype = jnp.dtype(experiment.model.dtype)
     converted = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), params)
     return _state_trees(experiment) | {
@@ -144,7 +144,7 @@ def _trees(experiment: Experiment, is_tpu: bool) -> dict:
 
 def _state_trees(experiment: Experiment) -> dict:
     """Shapes of the trees that training keeps."""
-    params = sit.abstract_params(experiment.model, experiment.image_shape)
+    params = conditions.abstract_params(experiment.model, experiment.image_shape)
     return {
         'parameters': params,
         'optimizer': jax.eval_shape(experiment.optimizer.init, params),
@@ -167,7 +167,7 @@ def tree_bytes(tree, mesh) -> int:
 def activation_bytes(experiment: Experiment) -> float:
     """Bytes per sample that differentiation keeps, with the config's remat policy."""
     batch = _smallest_batch(experiment)
-    params = sit.abstract_params(experiment.model, experiment.image_shape)
+    params = conditions.abstract_params(experiment.model, experiment.image_shape)
 
     def kept(size):
         loss, args = _loss(experiment, size)
@@ -210,7 +210,7 @@ def _loss(experiment: Experiment, size: int):
     shape = experiment.image_shape
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     label = jax.ShapeDtypeStruct((size,), jnp.int32)
-    target = sit.abstract_params(experiment.model, shape)
+    target = conditions.abstract_params(experiment.model, shape)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def loss(params, target, batch, key):
@@ -348,7 +348,7 @@ def _smaller_runs(config, devices: int):
 def summary(experiment: Experiment, workdir) -> list[str]:
     """Lines that describe the run, to print at its start."""
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
-    count = sit.num_parameters(model, experiment.image_shape)
+    count = conditions.num_parameters(model, experiment.image_shape)
     trees = _state_trees(experiment).values()
     state = sum(tree_bytes(tree, mesh) for tree in trees)
     return [

@@ -155,7 +155,7 @@ class Experiment:
         key = jax.random.key(self.config.seed)
         key = random_streams.stream(key, random_streams.INIT, 0)
         return train_state.create(
-            lambda: sit.init_params(self.model, self.image_shape, key),
+            lambda: conditions.init_params(self.model, self.image_shape, key),
             self.optimizer,
             self.mesh,
             twin_ema=self.config.ema.twin,
@@ -164,7 +164,9 @@ class Experiment:
     def abstract_state(self) -> train_state.TrainState:
         """The shapes and shardings of a train state, for a mesh that cannot run."""
         return train_state.abstract(
-            lambda: sit.init_params(self.model, self.image_shape, jax.random.key(0)),
+            lambda: conditions.init_params(
+                self.model, self.image_shape, jax.random.key(0)
+            ),
             self.optimizer,
             self.mesh,
             twin_ema=self.config.ema.twin,
@@ -201,12 +203,7 @@ class Experiment:
             key = jax.eval_shape(lambda: jax.random.key(0))
             couple = jax.jit(self._couple)
             programs['coupling of a pool'] = couple.lower(self.abstract_pool(), key)
-        sampler = Sampler(
-            self.objective,
-            self.apply,
-            self.image_shape,
-            batch_size=self.config.sample.batch_size,
-        )
+        sampler = self.make_sampler(decode=False)
         params = self.abstract_state().infer
         programs['sampler'] = sampler.lower(params, max(self.config.sample.steps))
         return programs
@@ -366,18 +363,21 @@ class Experiment:
             seed_key=jax.random.key(self.config.seed),
         )
 
-    def make_sampler(self, batch_size: int | None = None) -> Sampler:
+    def make_sampler(
+        self, batch_size: int | None = None, *, decode: bool = True
+    ) -> Sampler:
         """A sampler of images; latents are decoded if there is an autoencoder.
 
         Args:
           batch_size: samples made at once; by default `sample.batch_size`.
+          decode: whether latents are decoded, if there is an autoencoder.
         """
         return Sampler(
             self.objective,
             self.apply,
             self.image_shape,
             batch_size=batch_size or self.config.sample.batch_size,
-            decode=self.make_decoder(),
+            decode=self.make_decoder() if decode else None,
         )
 
     def make_decoder(self):

@@ -11,7 +11,7 @@ from ism_jax import config as config_lib
 from ism_jax import config_check
 from ism_jax.experiment import Experiment, make_model
 from ism_jax.interchange import exported_network
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 from ism_jax.runtime import checksums, paths, sharding
 from ism_jax.training import checkpoint, train_state
 
@@ -105,7 +105,7 @@ def _abstract_params(model, image_shape):
     replicated = sharding.replicated(sharding.local_mesh())
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        sit.abstract_params(model, image_shape),
+        conditions.abstract_params(model, image_shape),
     )
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 
 FIXTURE = Path(__file__).parent / 'fixtures' / 'official_networks.json'
 
@@ -127,7 +127,7 @@ def assert_official(converted, kind, t, d, w=0.0):
     """Compares a converted network with the official code."""
     key = jax.random.key(0)
     model = sit.SiT(num_classes=converted.num_classes, **converted.model)
-    fresh = sit.init_params(model, converted.image_shape, key)
+    fresh = conditions.init_params(model, converted.image_shape, key)
     params = {**converted.params, **{name: fresh[name] for name in converted.fresh}}
     times, sizes, scales = (
         np.full(len(LABELS), value, np.float32) for value in (t, d, w)

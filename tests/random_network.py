@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 
-from ism_jax.models import sit
+from ism_jax.models import conditions
 
 SHAPE = (8, 8, 3)
 SMALL = dict(num_classes=5, patch_size=2, hidden_size=32, depth=3, num_heads=2)
 
 
 def random_params(model, seed=0):
-    params = sit.init_params(model, SHAPE, jax.random.key(0))
+    params = conditions.init_params(model, SHAPE, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     leaves = [leaf + 0.1 * rng.normal(size=leaf.shape).astype('f') for leaf in leaves]

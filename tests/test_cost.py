@@ -13,7 +13,7 @@ import pytest
 
 from ism_jax import config as config_lib
 from ism_jax import cost, experiment
-from ism_jax.models import sit
+from ism_jax.models import conditions
 from ism_jax.runtime import chips, traced_flops
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def test_products_are_counted_where_they_stand():
 def test_sit_costs_what_its_authors_say():
     """118.6 billion multiplications for an image of 32x32x4 (SiT, table 1)."""
     model = experiment.make_model(_get_config('imagenet256_ism_xl2'), 1000)
-    params = sit.abstract_params(model, (32, 32, 4))
+    params = conditions.abstract_params(model, (32, 32, 4))
     x, one = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1)
     found = traced_flops.count_flops(
         model.apply, {'params': params}, x, one, one, one, jnp.zeros(1, jnp.int32)
@@ -74,7 +74,7 @@ def test_counts_are_those_of_xla():
     config.model.update(hidden_size=128, depth=2, num_heads=2, patch_size=4, unroll=2)
     model = experiment.make_model(config, 10)
     shape = (32, 32, 1)
-    params = sit.init_params(model, shape, jax.random.key(0))
+    params = conditions.init_params(model, shape, jax.random.key(0))
     x, t = jnp.zeros((4, *shape)), jnp.zeros(4)
     args = {'params': params}, x, t, t, t, jnp.zeros(4, jnp.int32)
     analysis = jax.jit(model.apply).lower(*args).compile().cost_analysis()

@@ -10,7 +10,7 @@ import pytest
 import ism_jax
 from ism_jax import config as config_lib
 from ism_jax import convert, experiment, generator, trained_network
-from ism_jax.models import sit
+from ism_jax.models import conditions
 from ism_jax.runtime import sharding
 
 
@@ -98,7 +98,7 @@ def _imm_generator(sampler: str) -> generator.Generator:
     config = config_lib.with_argument(config_lib.default(), 'imm,runlocal')
     config.objective.sampler = sampler
     model = experiment.make_model(config, num_classes=10)
-    params = sit.init_params(model, (32, 32, 1), jax.random.key(0))
+    params = conditions.init_params(model, (32, 32, 1), jax.random.key(0))
     # Also the last layer: at its initial 0 the samples would be the noise.
     params = jax.tree.map(
         lambda a: a + 0.02 * jax.random.normal(jax.random.key(1), a.shape), params

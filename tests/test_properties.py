@@ -10,7 +10,7 @@ import numpy as np
 
 from ism_jax import config as config_lib
 from ism_jax import config_check, cost, experiment, objectives, train
-from ism_jax.models import attention, conditions, sit
+from ism_jax.models import attention, conditions
 from ism_jax.runtime import sharding
 from ism_jax.training import optimizer, paired_pool, train_state
 
@@ -36,7 +36,7 @@ WORDS = {
     'data.on_corrupt': ('error', 'skip'),
     'model.step_embedding': tuple(conditions.STEP_EMBEDDINGS),
     'model.dtype': ('float32', 'bfloat16', 'float16'),
-    'model.remat': tuple(sit.REMAT_POLICIES),
+    'model.remat': tuple(conditions.REMAT_POLICIES),
     'model.attention': attention.IMPLEMENTATIONS,
     'model.backbone': tuple(experiment.BACKBONES),
     'model.guidance_embedding': tuple(conditions.GUIDANCE_EMBEDDINGS),
@@ -115,7 +115,7 @@ def _trace(config):
     parts.make_loader().close()
 
     def init():
-        params = sit.init_params(model, source.image_shape, jax.random.key(0))
+        params = conditions.init_params(model, source.image_shape, jax.random.key(0))
         return train_state.TrainState(
             jnp.int32(0), params, tx.init(params),
             params if config.ema.twin else None, params, jnp.int32(0), jnp.int32(0),

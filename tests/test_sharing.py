@@ -17,7 +17,7 @@ import safetensors.numpy
 from ism_jax import config as config_lib
 from ism_jax import experiment, sharing, trained_network
 from ism_jax.interchange import exported_network, official_sit, torch_network
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 
 ROOT = Path(__file__).parent.parent
 MODULE = ROOT / 'ism_jax' / 'interchange' / torch_network.MODULE
@@ -38,7 +38,7 @@ def _network(folder, method, backbone='sit', **options):
         config=config_lib.to_dict(config),
         params=jax.tree.map(
             lambda leaf: rng.normal(size=leaf.shape, scale=0.2).astype(np.float32),
-            sit.abstract_params(model, SHAPE),
+            conditions.abstract_params(model, SHAPE),
         ),
         step=0,
         class_names=tuple('abcde'),
@@ -115,7 +115,7 @@ def test_an_official_sit_computes_the_same_samples(
     lines = sharing.write_torch(ours.folder, out, steps=steps, guidance=guidance)
     read = official_sit.from_tensors(safetensors.numpy.load_file(out), num_heads=2)
     official = sit.SiT(num_classes=5, **read.model)
-    fresh = sit.abstract_params(official, SHAPE)
+    fresh = conditions.abstract_params(official, SHAPE)
     params = {n: jax.tree.map(jnp.zeros_like, fresh[n]) for n in read.fresh}
     params |= read.params
     zeros, labels = np.zeros(len(LABELS), np.float32), np.asarray(LABELS)

@@ -6,14 +6,13 @@ shards are copied once, before training, and not read record by record.
 
 from concurrent import futures
 import hashlib
-import os
 import pathlib
 import shutil
 
 from absl import logging
 
 from ism_jax.data import latents
-from ism_jax.runtime import checksums, lock, paths
+from ism_jax.runtime import checksums, files, lock, paths
 
 THREADS = 8  # Files that are copied at once.
 
@@ -69,15 +68,15 @@ def _check_room(folder: pathlib.Path, needed: int) -> None:
 
 
 def _copy(source: paths.Path, target: pathlib.Path, sha256: str) -> None:
-    temporary = target.with_name(f'.{target.name}.tmp')
-    try:
-        paths.download(source, temporary)
-    except FileNotFoundError as error:
-        raise ValueError(f'{source} is missing; prepare the latents again') from error
-    if checksums.sha256(temporary) != sha256:
-        temporary.unlink()
-        raise ValueError(
-            f'{source} is not the file that the manifest describes; remove it and '
-            f'{latents.MANIFEST} and run ism_jax.prepare_data again'
-        )
-    os.replace(temporary, target)
+    with files.replacing(target) as temporary:
+        try:
+            paths.download(source, temporary)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f'{source} is missing; prepare the latents again'
+            ) from error
+        if checksums.sha256(temporary) != sha256:
+            raise ValueError(
+                f'{source} is not the file that the manifest describes; remove it and '
+                f'{latents.MANIFEST} and run ism_jax.prepare_data again'
+            )

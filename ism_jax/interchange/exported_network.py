@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 
 from ism_jax.interchange import tensor_file, tensor_shapes
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 from ism_jax.runtime import files, paths
 
 TENSORS, CONFIG = 'model.safetensors', 'config.json'
@@ -163,7 +163,7 @@ def initialised(network: ExportedNetwork, model: sit.SiT) -> dict[str, Any]:
 
     @jax.jit  # So that the other modules are not computed.
     def make(key):
-        params = sit.init_params(model, network.image_shape, key)
+        params = conditions.init_params(model, network.image_shape, key)
         return {name: params[name] for name in network.fresh}
 
     return {**network.params, **make(jax.random.key(0))}
@@ -226,7 +226,7 @@ def check_params(network: ExportedNetwork, model: sit.SiT, folder) -> None:
     Raises:
       ValueError: a parameter is missing, unknown, of the wrong shape or not float32.
     """
-    abstract = sit.abstract_params(model, network.image_shape)
+    abstract = conditions.abstract_params(model, network.image_shape)
     expected = {n: tree for n, tree in abstract.items() if n not in network.fresh}
 
     def describe(params):

@@ -6,6 +6,7 @@ w = 0 for any parameters, and their last layers are initialised to zero: there a
 *is* a plain velocity network of a flow, before and after training.
 """
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ism_jax.models.linear import Linear
+from ism_jax.models.linear import PRODUCT, Linear
 from ism_jax.runtime.sharding import BatchSharding
 
 FREQUENCY_FEATURES = 256
@@ -21,6 +22,13 @@ MAX_PERIOD = 10_000.0
 MAX_LEVELS = 16  # Distinct dyadic step sizes, from 1 down to 1/32768.
 STEP_EMBEDDINGS = ('level', 'size')
 GUIDANCE_EMBEDDINGS = ('scale', 'ratio')
+REMAT_POLICIES = {
+    # What the backward pass keeps: 'none' every activation, 'full' only the inputs of
+    # the blocks, 'dots' also the products with parameters (attention is recomputed).
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
+}
 # Factor on w, and on the ends of its interval, before their sinusoids: scales 1/4 apart
 # get distinct features, and scales in between stay close to their neighbours.
 GUIDANCE_SCALE = 10.0
@@ -67,7 +75,7 @@ class ConditionedNetwork(nn.Module, kw_only=True):
       hidden_size: width of the network.
       dtype: dtype of the computation, 'float32' or 'bfloat16'; parameters are float32.
       remat: which activations the backward pass keeps, a key of
-        `sit.REMAT_POLICIES`.
+        `REMAT_POLICIES`.
       attention: one of `attention.IMPLEMENTATIONS`.
       step_embedding: how the network is conditioned on d: 'level' looks up -log2(d),
         for steps that are powers of two; 'size' embeds any d smoothly, for methods that
@@ -164,3 +172,28 @@ class ConditionedNetwork(nn.Module, kw_only=True):
         """Embedding of a value, times the guidance."""
         embedding = self._scalar_embedding(name, zero_init=True)
         return self._strength(w)[:, None] * embedding(value * GUIDANCE_SCALE)
+
+
+def num_parameters(model: ConditionedNetwork, image_shape: tuple[int, int, int]) -> int:
+    """Number of parameters for images [H, W, C], without allocating any."""
+    params = abstract_params(model, image_shape)
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def init_params(
+    model: ConditionedNetwork, image_shape: tuple[int, int, int], key: jax.Array
+):
+    """Initial float32 parameters for images [H, W, C]."""
+    zeros = jnp.zeros((1,))
+    x, label = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
+    options = dict(with_velocity=True) if model.velocity_head else {}
+    return model.init(key, x, zeros, zeros, zeros, label, **options)['params']
+
+
+def abstract_params(model: ConditionedNetwork, image_shape: tuple[int, int, int]):
+    """Shapes of the parameters (`jax.ShapeDtypeStruct`), without allocating any."""
+    # The shapes do not depend on the attention kernel, which may be missing here.
+    model = dataclasses.replace(model, attention='xla')
+    return jax.eval_shape(
+        lambda key: init_params(model, image_shape, key), jax.random.key(0)
+    )

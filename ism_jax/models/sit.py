@@ -15,19 +15,17 @@ the sums of their gradients, the residual stream, the condition, layer norms, an
 first and the last layer. docs/performance.md has the errors of the gradient.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
 
 import chex
 from flax import linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ism_jax.models import attention, conditions
-from ism_jax.models.linear import PRODUCT, Linear
+from ism_jax.models.linear import Linear
 from ism_jax.runtime.sharding import BatchSharding
 
 # Table 1 of SiT (the same as DiT's). The names of `PRESETS` add the patch size: 'XL/2'
@@ -43,14 +41,6 @@ PRESETS = {
     f'{size}/{patch}': dict(numbers, patch_size=patch)
     for size, numbers in SIZES.items()
     for patch in PATCHES
-}
-
-REMAT_POLICIES = {
-    # What the backward pass keeps: 'none' every activation, 'full' only the inputs of
-    # the blocks, 'dots' also the products with parameters (attention is recomputed).
-    'none': None,
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 MAX_TOKENS = 2**16  # More need over 16 GiB of attention scores per head.
@@ -205,7 +195,7 @@ class SiT(conditions.ConditionedNetwork, kw_only=True):
         """`length` blocks as a function of tokens and condition."""
         block = self.block
         if self.remat != 'none':
-            policy = REMAT_POLICIES[self.remat]
+            policy = conditions.REMAT_POLICIES[self.remat]
             block = nn.remat(block, prevent_cse=False, policy=policy)
         blocks = nn.scan(
             block,
@@ -259,34 +249,3 @@ class StepAndGuidance(SiT, kw_only=True):
         if self.interval_input:
             condition += sum(self._interval(w, interval))
         return condition
-
-
-def num_parameters(
-    model: conditions.ConditionedNetwork, image_shape: tuple[int, int, int]
-) -> int:
-    """Number of parameters for images [H, W, C], without allocating any."""
-    params = abstract_params(model, image_shape)
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
-def init_params(
-    model: conditions.ConditionedNetwork,
-    image_shape: tuple[int, int, int],
-    key: jax.Array,
-):
-    """Initial float32 parameters for images [H, W, C]."""
-    zeros = jnp.zeros((1,))
-    x, label = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
-    options = dict(with_velocity=True) if model.velocity_head else {}
-    return model.init(key, x, zeros, zeros, zeros, label, **options)['params']
-
-
-def abstract_params(
-    model: conditions.ConditionedNetwork, image_shape: tuple[int, int, int]
-):
-    """Shapes of the parameters (`jax.ShapeDtypeStruct`), without allocating any."""
-    # The shapes do not depend on the attention kernel, which may be missing here.
-    model = dataclasses.replace(model, attention='xla')
-    return jax.eval_shape(
-        lambda key: init_params(model, image_shape, key), jax.random.key(0)
-    )

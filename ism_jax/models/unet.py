@@ -20,7 +20,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from ism_jax.models import attention, conditions, sit
+from ism_jax.models import attention, conditions
 from ism_jax.models.linear import Linear
 from ism_jax.runtime.sharding import BatchSharding
 
@@ -201,7 +201,7 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
         """A block, and self-attention if the level has it, as a function."""
         block, dtype = Block, jnp.dtype(self.dtype)
         if self.remat != 'none':
-            policy = sit.REMAT_POLICIES[self.remat]
+            policy = conditions.REMAT_POLICIES[self.remat]
             block = nn.remat(block, prevent_cse=False, policy=policy)
         block = block(self._features(level), dtype, self.batch_sharding, name=name)
         if level < len(self.channel_multipliers) - self.attention_levels:

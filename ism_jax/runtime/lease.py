@@ -54,7 +54,7 @@ class Lease:
             if generation:
                 generation = self._wait_for_its_end(generation, content)
             if not self._write(generation):
-                raise ValueError(self._is_used(self._current()[1]))
+                raise ValueError(used_message(self._folder, self._current()[1]))
         except ValueError:
             raise
         except Exception as error:  # Of the client, of HTTP or of the system.
@@ -82,8 +82,8 @@ class Lease:
         """
         wait = MISSED * RENEW_SECONDS
         print(
-            f'{self._folder} was left, or is used, by another run{described(content)}; '
-            f'waiting {wait:.0f} s for a sign of life',
+            f'{self._folder} was left, or is used, by another run'
+            f'{_described(content)}; waiting {wait:.0f} s for a sign of life',
             file=sys.stderr,
             flush=True,
         )
@@ -94,14 +94,8 @@ class Lease:
             if not found:
                 return 0
             if found != generation:
-                raise ValueError(self._is_used(content))
+                raise ValueError(used_message(self._folder, content))
         return generation
-
-    def _is_used(self, content: str) -> str:
-        return (
-            f'{self._folder} is used by another run{described(content)}; wait for it, '
-            'stop it, or give another --workdir'
-        )
 
     def _current(self) -> tuple[int, str]:
         """Generation and content of the object; (0, '') if there is none."""
@@ -163,7 +157,15 @@ class Lease:
         return self._client.bucket(bucket).blob(f'{prefix}/{NAME}'.lstrip('/'))
 
 
-def described(content: str) -> str:
+def used_message(folder, content: str) -> str:
+    """Says that another run, described in a lock or a lease, uses a folder."""
+    return (
+        f'{folder} is used by another run{_described(content)}; wait for it, stop it, '
+        'or give another --workdir'
+    )
+
+
+def _described(content: str) -> str:
     """The holder in the content of a lock or a lease; '' if it has none."""
     try:
         about = json.loads(content)

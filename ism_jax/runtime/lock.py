@@ -62,12 +62,9 @@ class Lock:
             fcntl.flock(self._file, fcntl.LOCK_EX | at_once)
         except BlockingIOError as error:
             self._file.seek(0)
-            holder = lease.described(self._file.read())
+            message = lease.used_message(self._path.parent, self._file.read())
             self._file.close()
-            raise ValueError(
-                f'{self._path.parent} is used by another run{holder}; wait for it, '
-                'stop it, or give another --workdir'
-            ) from error
+            raise ValueError(message) from error
         self._file.truncate(0)
         self._file.write(json.dumps(_about()))
         self._file.flush()

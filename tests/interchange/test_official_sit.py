@@ -14,7 +14,7 @@ from official_tensors import (
 import pytest
 
 from ism_jax.interchange import official_sit
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 
 
 @pytest.mark.parametrize('w', [0.0, 1.5])
@@ -60,7 +60,9 @@ def test_the_official_xl2_has_the_shapes_of_our_preset():
     preset = sit.preset('XL/2')
     assert {name: rest['model'][name] for name in preset} == preset
     assert rest['image_shape'] == (32, 32, 4) and rest['num_classes'] == 1000
-    expected = sit.abstract_params(sit.SiT(num_classes=1000, **preset), (32, 32, 4))
+    expected = conditions.abstract_params(
+        sit.SiT(num_classes=1000, **preset), (32, 32, 4)
+    )
     for name in rest['fresh']:
         del expected[name]
     assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(

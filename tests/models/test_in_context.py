@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from random_network import SHAPE, SMALL, random_inputs, random_params
 
-from ism_jax.models import conditions, in_context, sit
+from ism_jax.models import conditions, in_context
 from ism_jax.runtime import sharding
 
 TOKENS = 8 + 4 + 4 + 16
@@ -104,7 +104,7 @@ def test_positions_are_seen():
 
 def test_bfloat16_and_the_velocity_head():
     model = _model(dtype='bfloat16', velocity_head=1)
-    params = sit.init_params(model, SHAPE, jax.random.key(0))
+    params = conditions.init_params(model, SHAPE, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
     params = random_params(model)
     coarse = model.apply({'params': params}, *random_inputs(d=0.5), with_velocity=True)
@@ -120,7 +120,9 @@ def test_parameters_of_a_block():
     """4 C^2 + 3 r C^2 with r = 8 / 3, as in iMF-B/2: 89M in 12 layers of width 768."""
     options = dict(hidden_size=768, depth=12, num_heads=12, mlp_ratio=8 / 3)
     model = _model(**options, num_classes=1000)
-    params = sit.abstract_params(model, (32, 32, 4))
+    params = conditions.abstract_params(model, (32, 32, 4))
     count = sum(np.prod(a.shape) for a in jax.tree.leaves(params['blocks']))
     assert count / (12 * 12 * 768**2) == pytest.approx(1.0003, abs=3e-4)
-    assert sit.num_parameters(model, (32, 32, 4)) == pytest.approx(89e6, rel=0.03)
+    assert conditions.num_parameters(model, (32, 32, 4)) == pytest.approx(
+        89e6, rel=0.03
+    )

@@ -99,7 +99,7 @@ def test_d_and_w_have_no_effect_at_initialisation_and_can_learn_one(
         return float(jnp.abs(out - plain).max())
 
     fresh = random_params(model)
-    initial = sit.init_params(model, SHAPE, jax.random.key(0))
+    initial = conditions.init_params(model, SHAPE, jax.random.key(0))
     for name in ('step_embedding', 'guidance_embedding'):
         if 'embedding' in fresh[name]:  # A table of zeros.
             fresh[name] = jax.tree.map(jnp.zeros_like, fresh[name])
@@ -216,7 +216,7 @@ def test_parameter_counts_of_the_presets():
     expected = {'S/2': 33e6, 'B/2': 130e6, 'L/2': 458e6, 'XL/2': 675e6}
     for name, count in expected.items():
         model = sit.SiT(num_classes=1000, **sit.preset(name))
-        measured = sit.num_parameters(model, (32, 32, 4))
+        measured = conditions.num_parameters(model, (32, 32, 4))
         # SiT lacks the embeddings of d and w, and has 8 output channels instead of 4.
         assert abs(measured / count - 1) < (0.01 if name == 'XL/2' else 0.03), measured
     assert set(sit.PRESETS) == {
@@ -263,7 +263,7 @@ def test_remat_recomputes():
 
 def test_bfloat16_rounds_the_computation_and_not_the_parameters():
     model = sit.SiT(**SMALL, dtype='bfloat16')
-    params = sit.init_params(model, SHAPE, jax.random.key(0))
+    params = conditions.init_params(model, SHAPE, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
     params = random_params(model)
     coarse = model.apply({'params': params}, *random_inputs())

@@ -10,7 +10,7 @@ from random_network import SHAPE, random_inputs, random_params
 
 from ism_jax import config as config_lib
 from ism_jax import config_check, cost
-from ism_jax.models import sit, unet
+from ism_jax.models import conditions, unet
 from ism_jax.runtime import sharding, traced_flops
 
 SMALL = dict(
@@ -94,7 +94,7 @@ def test_residuals_and_output_are_initialised_to_zero():
     np.testing.assert_array_equal(out, x)
     out, _ = attention.init_with_output(jax.random.key(0), x)
     np.testing.assert_array_equal(out, x)
-    params = sit.init_params(_model(), SHAPE, jax.random.key(0))
+    params = conditions.init_params(_model(), SHAPE, jax.random.key(0))
     assert not _apply(_model())(params, *random_inputs(d=0.5, w=1.0)).any()
 
 
@@ -116,7 +116,7 @@ def test_every_condition_acts_and_vanishes_where_it_should(step_embedding):
     np.testing.assert_array_equal(out(interval=(0.3, 0.9)), base)
     # Before training, d and w have no effect anywhere.
     for name in ('step_embedding', 'guidance_embedding'):
-        fresh = sit.init_params(model, SHAPE, jax.random.key(0))[name]
+        fresh = conditions.init_params(model, SHAPE, jax.random.key(0))[name]
         params = params | {name: fresh}
     np.testing.assert_array_equal(
         apply(params, *random_inputs()), apply(params, *random_inputs(d=0.5))
@@ -195,7 +195,7 @@ def test_plan_counts_what_is_made():
     plan = cost.make_plan(config, 1, 10)
     model = _model(num_classes=10, hidden_size=16, interval_input=True)
     model = model.clone(step_embedding='size')
-    params = sit.init_params(model, (28, 28, 1), jax.random.key(0))
+    params = conditions.init_params(model, (28, 28, 1), jax.random.key(0))
     assert plan.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
     x, one, label = jnp.zeros((1, 28, 28, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
     inputs = x, one, one, one, label

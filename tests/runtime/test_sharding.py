@@ -3,8 +3,8 @@
 import functools
 import math
 import types
+from typing import NamedTuple
 
-from collectives import collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +12,7 @@ import pytest
 
 from ism_jax import config as config_lib
 from ism_jax import cost, experiment, objectives
-from ism_jax.runtime import sharding
-from ism_jax.training import paired_pool
+from ism_jax.runtime import compiled_program, hlo, sharding
 
 pytestmark = pytest.mark.usefixtures('eight_devices')
 
@@ -75,20 +74,33 @@ def _experiment(data, fsdp, objective='flow_matching', accumulate=1, **model):
     return experiment.Experiment(config, mesh=mesh, num_classes=4, image_shape=shape)
 
 
+class Collective(NamedTuple):
+    """One result of a collective on each device, and how often it runs."""
+
+    kind: str
+    array: hlo.Array
+    runs: int
+
+    @property
+    def bytes(self):
+        return self.runs * self.array.bytes
+
+
+def collectives(compiled):
+    """The collectives of a compiled program."""
+    found = []
+    for execution in hlo.Module(compiled.as_text()).executions():
+        kind = execution.instruction.opcode.removesuffix('-start')
+        if kind in compiled_program.COLLECTIVES:
+            arrays = execution.instruction.outputs
+            found += [Collective(kind, array, execution.times) for array in arrays]
+    return found
+
+
 @functools.cache
 def _compiled_step(data, fsdp, objective='flow_matching', accumulate=1, **model):
     parts = _experiment(data, fsdp, objective, accumulate, **model)
-    size = parts.config.train.batch_size
-    pool = paired_pool.Pool(
-        jax.ShapeDtypeStruct((1, size, *parts.image_shape), jnp.float32),
-        jax.ShapeDtypeStruct((1, size), jnp.int32),
-        jax.ShapeDtypeStruct((1, size), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
-    state = jax.eval_shape(lambda: parts.init_state()[0])
-    shardings = sharding.tree_shardings(state, parts.mesh)
-    step = parts.compile_train_step(shardings)
-    return step.lower(state, pool, jax.random.key(0)).compile(), state
+    return parts.lower_train_step().compile(), parts.abstract_state()
 
 
 def _split_bytes(found, params):
@@ -103,7 +115,7 @@ def _split_bytes(found, params):
     sizes = {math.prod(shape) for shape in shapes}
     total = {True: 0, False: 0}
     for one in found:
-        total[math.prod(one.shape) in sizes] += one.bytes
+        total[one.array.size in sizes] += one.bytes
     return total[True], total[False]
 
 
@@ -130,7 +142,7 @@ def _check(found, params, passes):
 @pytest.mark.parametrize('data,fsdp', MESHES)
 def test_a_step_gathers_weights_and_reduces_each_gradient_once(data, fsdp):
     step, state = _compiled_step(data, fsdp)
-    found = collectives(step.as_text())
+    found = collectives(step)
     _check(found, state.params, passes=2)
     assert any(one.kind == 'all-gather' for one in found) == (fsdp > 1)
 
@@ -142,7 +154,7 @@ def test_accumulated_gradients_cross_groups_of_devices_once(data, fsdp):
     """Within a group each part is reduced: no device can hold a whole gradient."""
     parts = 4
     step, state = _compiled_step(data, fsdp, accumulate=parts)
-    reduced = [c for c in collectives(step.as_text()) if c.kind == 'all-reduce']
+    reduced = [c for c in collectives(step) if c.kind == 'all-reduce']
     size = 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
     within_groups = parts * size if fsdp > 1 else 0
     assert sum(one.bytes for one in reduced) < within_groups + 1.02 * size
@@ -152,14 +164,14 @@ def test_accumulated_gradients_cross_groups_of_devices_once(data, fsdp):
 @pytest.mark.parametrize('name', objectives.names())
 def test_no_objective_moves_activations(name):
     step, state = _compiled_step(2, 4, name, num_heads=2)
-    _check(collectives(step.as_text()), state.params, passes=8)
+    _check(collectives(step), state.params, passes=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_no_remat_policy_moves_activations(remat):
     step, state = _compiled_step(2, 4, remat=remat)
-    _check(collectives(step.as_text()), state.params, passes=3)
+    _check(collectives(step), state.params, passes=3)
 
 
 def test_the_state_takes_the_memory_that_the_plan_predicts():
@@ -184,22 +196,7 @@ def test_fsdp_keeps_no_gathered_weights():
 
 def test_the_sampler_moves_weights_alone():
     parts = _experiment(2, 4)
-    sampler = parts.make_sampler(BATCH)
-    params = jax.eval_shape(lambda: parts.init_state()[0].params)
-    shardings = sharding.tree_shardings(params, parts.mesh)
-    split = jax.sharding.NamedSharding(parts.mesh, sharding.BATCH)
-    given = functools.partial(jax.ShapeDtypeStruct, sharding=split)
-    params = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=where
-        ),
-        params,
-        shardings,
-    )
-    inputs = [given((BATCH,), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
-    schedule = [np.zeros(size, np.float32) for size in (2, 4, 4)]
-    key = jax.device_put(jax.random.key(0), sharding.replicated(parts.mesh))
-    text = sampler._sample.lower(params, key, *inputs, *schedule).compile().as_text()
-    found = collectives(text)
+    params = parts.abstract_state().infer
+    found = collectives(parts.make_sampler(BATCH).lower(params, 4).compile())
     weights, others = _split_bytes(found, params)
     assert weights > 0 and others < 0.05 * weights

@@ -13,7 +13,7 @@ import pytest
 from ism_jax import config as config_lib
 from ism_jax import convert, train, trained_network
 from ism_jax.interchange import exported_network
-from ism_jax.models import sit
+from ism_jax.models import conditions
 from ism_jax.runtime import sharding
 from ism_jax.training import train_state
 
@@ -97,7 +97,7 @@ def test_parameters_and_both_emas_start_alike_on_their_shardings(small_sit):
     model = trained_network.exported_model(network)
     mesh = sharding.make_mesh(2, 4, jax.local_devices())
     state, shardings = train_state.create(
-        lambda: sit.init_params(model, (32, 32, 1), jax.random.key(1)),
+        lambda: conditions.init_params(model, (32, 32, 1), jax.random.key(1)),
         optax.adam(1e-3),
         mesh,
         twin_ema=True,

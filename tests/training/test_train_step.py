@@ -12,7 +12,7 @@ import pytest
 from ism_jax import config as config_lib
 from ism_jax import experiment
 from ism_jax.method import interpolant, loss_distance, random_streams
-from ism_jax.models import sit
+from ism_jax.models import conditions, sit
 from ism_jax.objectives import ism
 from ism_jax.objectives.base import BaseObjective
 from ism_jax.runtime import sharding
@@ -45,7 +45,7 @@ def _setup(tx=None, *, mesh=None, twin=True, objective=None, distance=None, **op
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     tx = tx or optax.adam(1e-2)
     state, shardings = train_state.create(
-        lambda: sit.init_params(MODEL, SHAPE, jax.random.key(1)),
+        lambda: conditions.init_params(MODEL, SHAPE, jax.random.key(1)),
         tx,
         mesh,
         twin_ema=twin,
