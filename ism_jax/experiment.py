@@ -89,7 +89,13 @@ class Experiment:
 
     def apply(self, params, *inputs, **options) -> jax.Array:
         """The network as a function of its parameters and the inputs of `SiT`."""
-        return self.model.apply({'params': params}, *inputs, **options)
+        padded = sharding.apply_padded(
+            lambda params, *inputs, **options: self.model.apply(
+                {'params': params}, *inputs, **options
+            ),
+            self.model.batch_sharding.size,
+        )
+        return padded(params, *inputs, **options)
 
     def _apply_in_groups(self, params, *inputs, **options):
         """The network with the parameters of `sharding.group_copies`."""

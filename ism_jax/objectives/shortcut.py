@@ -30,6 +30,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ism_jax.method import guidance, interpolant, time_grid, training_batch
 from ism_jax.method.loss_terms import loss_terms
@@ -78,9 +79,9 @@ class Objective(BaseObjective):
         # Equal numbers of each step size; the remaining samples step over the whole
         # path.
         levels = time_grid.num_levels(self.base_steps)
-        number = jnp.arange(repeats)
-        level = jnp.where(number < repeats // levels * levels, number % levels, 0)
-        steps = 2.0 ** level.astype(jnp.float32)  # Whole steps on the path: 1 / 2d.
+        number = np.arange(repeats)
+        level = np.where(number < repeats // levels * levels, number % levels, 0)
+        steps = 2.0 ** level.astype(np.float32)  # Whole steps on the path: 1 / 2d.
         t = jnp.floor(jax.random.uniform(key_start, (repeats,)) * steps) / steps
         x_t, zeros = self._interpolate(batch_b, t), jnp.zeros_like(t)
         coarse = Inputs(x_t, t, 1 / steps, zeros, batch_b.label)
@@ -102,24 +103,36 @@ class Objective(BaseObjective):
     def bootstrap_target(self, apply, params, x, t, d, label) -> jax.Array:
         """Mean velocity of two steps of size d, the target for one step of size 2d.
 
-        `params` are the target EMA; x is [B, H, W, C], and t, d and label are [B].
+        `params` are the target EMA; x is [B, H, W, C], and t, d and label are [B]. d is
+        not traced, so that only guided samples run without a label as well.
         """
-        guided = (d < 1.5 / self.base_steps) | (self.cfg_levels == 'all')
-        w = jnp.where(guided, self.guidance, 0.0)
+        guided = np.full(len(d), bool(self.guidance))
+        if self.cfg_levels == 'finest':
+            guided &= np.asarray(d) < 1.5 / self.base_steps
+        guided = np.flatnonzero(guided)
         clip = lambda array: jnp.clip(array, -self.target_clip, self.target_clip)
-        first = self._guided(apply, params, x, t, d, w, label)
+        first = self._guided(apply, params, x, t, d, label, guided)
         midpoint = clip(interpolant.step(x, first, d))
-        second = self._guided(apply, params, midpoint, t + d, d, w, label)
+        second = self._guided(apply, params, midpoint, t + d, d, label, guided)
         return clip(0.5 * (first + second))
 
-    def _guided(self, apply, params, x, t, d, w, label):
-        """A step's velocity with classifier-free guidance of scale w [B]."""
+    def _guided(self, apply, params, x, t, d, label, guided: np.ndarray):
+        """A step's velocity, with classifier-free guidance of the samples `guided`."""
         embedded = time_grid.embedded_step(d, self.base_steps)
-        if not self.guidance:
-            return apply(params, x, t, embedded, jnp.zeros_like(t), label)
-        return guidance.classifier_free_velocity(
-            apply, params, x, t, embedded, label, w, self.num_classes
+        null = jnp.full_like(label, self.num_classes)
+        append = lambda array, other: jnp.concatenate([array, other[guided]])
+        velocity = apply(
+            params,
+            append(x, x),
+            append(t, t),
+            append(embedded, embedded),
+            jnp.zeros(len(x) + len(guided)),
+            append(label, null),
         )
+        conditional, unconditional = velocity[: len(x)], velocity[len(x) :]
+        some, w = conditional[guided], jnp.full(len(guided), self.guidance)
+        some = guidance.guided_velocity(some, some, unconditional, w)
+        return conditional.at[guided].set(some)
 
     def _interpolate(self, batch, t):
         return interpolant.interpolate(batch.noise, batch.data, t) + (
@@ -133,7 +146,9 @@ class Objective(BaseObjective):
             return plain()
         return jax.lax.cond(
             jnp.all(d < 1.5 / self.base_steps),
-            lambda: self._guided(apply, params, x, t, d, w, label),
+            lambda: guidance.classifier_free_velocity(
+                apply, params, x, t, embedded, label, w, self.num_classes
+            ),
             plain,
         )
 

@@ -200,6 +200,31 @@ def _group_spec(shape, mesh):
     return P('data', *leaf_spec(shape, mesh.shape['fsdp']))
 
 
+def apply_padded(apply, multiple: int):
+    """Returns a network that is applied to multiples of `multiple` samples.
+
+    Args:
+      apply: the network, (params, *inputs, **options) -> outputs, whose inputs and
+        outputs start with the batch axis.
+      multiple: number of devices that split a batch.
+    """
+
+    def padded(params, *inputs, **options):
+        size = len(inputs[0])
+        missing = -size % multiple
+        if not missing:
+            return apply(params, *inputs, **options)
+
+        def pad(array):
+            array = jnp.asarray(array)
+            return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+        outputs = apply(params, *map(pad, inputs), **options)
+        return jax.tree.map(lambda array: array[:size], outputs)
+
+    return padded
+
+
 def apply_in_groups(apply, mesh: jax.sharding.Mesh):
     """Returns a network whose parameters are `group_copies`.
 
@@ -211,21 +236,15 @@ def apply_in_groups(apply, mesh: jax.sharding.Mesh):
     groups = mesh.shape['data']
 
     def grouped(params, *inputs, **options):
-        size = len(inputs[0])
-
-        def split(array):
-            array = jnp.asarray(array)
-            padding = [(0, -size % groups)] + [(0, 0)] * (array.ndim - 1)
-            return jnp.pad(array, padding).reshape(groups, -1, *array.shape[1:])
-
+        split = lambda array: array.reshape(groups, -1, *array.shape[1:])
         one_group = functools.partial(apply, **options)
         outputs = jax.vmap(one_group, spmd_axis_name='data')(
             params, *map(split, inputs)
         )
-        join = lambda array: array.reshape(-1, *array.shape[2:])[:size]
+        join = lambda array: array.reshape(-1, *array.shape[2:])
         return jax.tree.map(join, outputs)
 
-    return grouped
+    return apply_padded(grouped, mesh.size)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

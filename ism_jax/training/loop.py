@@ -55,6 +55,7 @@ def run(
     *,
     train_step: Callable[[TrainState, Pool, jax.Array], tuple[TrainState, dict]],
     seed_key: jax.Array,
+    measure: Callable[[TrainState], dict],
     next_pool: Callable[[], tuple[Pool, dict]],
     intervals: Intervals,
     progress: Progress,
@@ -73,6 +74,7 @@ def run(
       state: the initial state; it is donated.
       train_step: see `train_step.train_step`, compiled.
       seed_key: the run's key.
+      measure: returns scalars of a state, for the logs.
       next_pool: returns the pool of the next step, and the coupling's report.
       intervals: when to log, save and draw.
       progress: reports and records.
@@ -107,7 +109,7 @@ def run(
         previous = step, metrics, pool
         done = step + 1
         if intervals.is_due('log', done):
-            progress.log(done, coupling | data_counts(loader))
+            progress.log(done, coupling | data_counts(loader) | measure(state))
             report_skipped(loader.source, reported, progress)
         if requests.stop_after(done):
             watchdog.stop()

@@ -97,16 +97,16 @@ def train_step(
     )
     metrics |= {'loss': loss, 'norm/gradient': gradient_norm}
     metrics |= {'norm/update': optax.global_norm(updates)}
-    return new_state, metrics | _state_metrics(new_state)
+    metrics |= {'skipped': new_state.skipped}
+    metrics |= {'skipped_in_row': new_state.skipped_in_row}
+    return new_state, metrics
 
 
-def _state_metrics(state: TrainState) -> dict[str, jax.Array]:
-    """Norms of a state, distances between its trees, and its counters."""
+def state_metrics(state: TrainState) -> dict[str, jax.Array]:
+    """The norm of a state's parameters and the distances between its trees."""
     metrics = {
         'norm/params': optax.global_norm(state.params),
         'distance/online_infer': _distance(state.params, state.infer),
-        'skipped': state.skipped,
-        'skipped_in_row': state.skipped_in_row,
     }
     if state.target is not None:
         metrics['distance/online_target'] = _distance(state.params, state.target)

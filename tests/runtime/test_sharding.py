@@ -58,7 +58,7 @@ def test_copies_of_a_weight_add_their_gradients_in_float32():
     assert gradient.sharding.spec == sharding.leaf_spec((64, 128), 4)
 
 
-BATCH, SIDE, TOKENS = 32, 16, 64
+BATCH, SIDE, TOKENS = 64, 16, 64
 MESHES = [(2, 4), *(pytest.param(*m, marks=pytest.mark.slow) for m in ((8, 1), (1, 8)))]
 
 
