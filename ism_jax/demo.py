@@ -25,7 +25,7 @@ from absl import flags
 import numpy as np
 
 from ism_jax import generator
-from ism_jax.runtime import command_line
+from ism_jax.runtime import command_line, files
 from ism_jax.sampling import image_grid
 
 MAX_IMAGES = 16
@@ -36,10 +36,16 @@ MAX_QUEUE = 16
 MAX_TEXT, MAX_MESSAGE = 2000, 300  # Characters.
 MAX_PICTURES = 256
 DISPLAY_SIDE = 128  # Pixels; smaller images are enlarged.
-COMPARED_STEPS = (1, 2, 4, 8, 128)
-ANY_CLASS = 'any'
-# An empty error beside a field takes no space.
-CSS = '[class*="beside-"]:not(:has([role="alert"])) { display: none }'
+COMPARED_STEPS = (1, 2, 4, 8)
+MAX_FRAMES = 96  # Of the animation of a path.
+FRAME_SECONDS, LAST_FRAME_SECONDS = 0.08, 1.5
+ANY_CLASS, NO_CLASS = 'any', 'none'
+CSS = """
+/* An empty error beside a field takes no space. */
+[class*="beside-"]:not(:has([role="alert"])) { display: none }
+/* On a phone the picture comes first, above the fields. */
+@media (max-width: 640px) { .tab-row { flex-direction: column-reverse } }
+"""
 
 
 class FieldError(ValueError):
@@ -59,13 +65,13 @@ class Picture:
     """A grid of images and how it was made.
 
     Attributes:
-      image: uint8 [H, W, C].
+      frames: uint8 [F, H, W, C]; more than one is an animation.
       settings: values by name.
       seconds: time to make all images.
       count: number of images.
     """
 
-    image: np.ndarray
+    frames: np.ndarray
     settings: dict
     seconds: float
     count: int
@@ -79,7 +85,8 @@ class Picture:
 class Studio:
     """The page without its user interface: settings in, pictures out.
 
-    Every method raises `FieldError` for a value that the network was not trained for.
+    The methods that make pictures also take the conditions of `_settings`, and raise
+    `FieldError` for a value that the network was not trained for.
 
     Args:
       model: from `ism_jax.load`.
@@ -104,81 +111,117 @@ class Studio:
 
     def warm_up(self) -> None:
         """Compiles the programs of the first picture."""
-        self.samples(ANY_CLASS, 0, 4, '', self.default_guidance, 4)
+        self.samples(steps=4, schedule='', count=4, **self.default_conditions)
 
     def warm_up_more(self) -> None:
         """Compiles the programs of the other tabs."""
-        w = self.default_guidance
+        conditions = self.default_conditions
+        self.side_by_side(**conditions)
         if self.model.has_paths:
-            self.path(ANY_CLASS, 0, 4, w)
-            self.between(ANY_CLASS, 0, 1, 4, w, 4)
-        self.side_by_side(ANY_CLASS, 0, w)
+            self.path(steps=4, **conditions)
+            self.between(last_seed=1, steps=4, count=4, **conditions)
 
-    def samples(self, label, seed, steps, schedule, guidance, count) -> Picture:
+    @property
+    def default_conditions(self) -> dict:
+        """The conditions of a page that has just been opened."""
+        start, end = self.model.default_interval or (None, None)
+        return dict(
+            label=ANY_CLASS,
+            seed=0,
+            guidance=self.default_guidance,
+            start=start,
+            end=end,
+        )
+
+    def samples(self, *, steps, schedule, count, **conditions) -> Picture:
         """Samples of one class, or of the classes in turn."""
         count = _bounded('count', count, 1, MAX_IMAGES)
-        labels = [self._label(label, index) for index in range(count)]
-        settings = self._settings(label, seed, guidance)
-        settings |= self._schedule(steps, schedule)
+        settings = self._settings(**conditions) | self._schedule(steps, schedule)
+        labels = [self._label(conditions['label'], index) for index in range(count)]
         return self._picture(
             lambda: self.model.sample(
-                labels, guidance=guidance, seed=int(seed), schedule=settings['schedule']
+                labels, seed=settings['seed'], **_sampling(settings)
             ),
             settings,
         )
 
-    def side_by_side(self, label, seed, guidance) -> Picture:
+    def side_by_side(self, **conditions) -> Picture:
         """Samples from the same noise with several numbers of steps."""
-        steps = self.compared_steps
-        settings = self._settings(label, seed, guidance) | {'steps': steps}
-        options = dict(guidance=guidance, seed=int(seed))
-        label = self._label(label, 0)
+        settings = self._settings(**conditions) | {'steps': self.compared_steps}
+        options = _sampling(settings) | {'seed': settings['seed']}
+        label = self._label(conditions['label'], 0)
         return self._picture(
             lambda: np.concatenate(
-                [self.model.sample(label, steps=n, **options) for n in steps]
+                [
+                    self.model.sample(label, steps=number, **options)
+                    for number in self.compared_steps
+                ]
             ),
             settings,
         )
 
-    def path(self, label, seed, steps, guidance) -> Picture:
-        """The states of one sampling path, from noise to image."""
+    def path(self, *, steps, **conditions) -> Picture:
+        """One sampling path from noise to image, as an animation."""
         steps = _bounded('steps', steps, 1, MAX_PATH_STEPS)
-        settings = self._settings(label, seed, guidance) | {'steps': steps}
-        label = self._label(label, 0)
+        settings = self._settings(**conditions) | {'steps': steps}
+        options = _sampling(settings) | {'seed': settings['seed']}
+        label = self._label(conditions['label'], 0)
         return self._picture(
-            lambda: self.model.path(label, steps, guidance, int(seed)), settings
+            lambda: self.model.path(label, steps, **options), settings, path_frames
         )
 
-    def between(self, label, seed, last_seed, steps, guidance, count) -> Picture:
+    def between(self, *, last_seed, steps, count, **conditions) -> Picture:
         """Images from noise that is interpolated between two seeds."""
         count = _bounded('count', count, 2, MAX_IMAGES)
-        settings = self._settings(label, seed, guidance) | self._schedule(steps, '')
+        settings = self._settings(**conditions) | self._schedule(steps, '')
         settings['last_seed'] = _bounded('last_seed', last_seed, 0, MAX_SEED)
-        seeds = (int(seed), int(last_seed))
-        label = self._label(label, 0)
+        seeds = settings['seed'], settings['last_seed']
+        label = self._label(conditions['label'], 0)
         return self._picture(
-            lambda: self.model.between(label, seeds, count, int(steps), guidance),
+            lambda: self.model.between(label, seeds, count, **_sampling(settings)),
             settings,
         )
 
     def save(self, picture: Picture) -> str:
         """Writes the picture with its settings as metadata; returns the file's path."""
         path = self.folder / f'ism_jax_{time.time_ns()}.png'
-        image_grid.write_png(path, picture.image, picture.settings)
+        seconds = [FRAME_SECONDS] * (len(picture.frames) - 1) + [LAST_FRAME_SECONDS]
+        files.write_bytes(
+            path, image_grid.png_bytes(picture.frames, picture.settings, seconds)
+        )
         # Only recent pictures can still be on a visitor's page.
         for old in sorted(self.folder.glob('ism_jax_*.png'))[:-MAX_PICTURES]:
             old.unlink(missing_ok=True)
         return str(path)
 
-    def _picture(self, make: Callable[[], np.ndarray], settings: dict) -> Picture:
+    def _picture(
+        self,
+        make: Callable[[], np.ndarray],
+        settings: dict,
+        frames_of: Callable[[np.ndarray], list[np.ndarray]] = lambda images: [images],
+    ) -> Picture:
+        """Makes images and tiles each of the frames that show them."""
         started = time.perf_counter()
         images = make()
         seconds = time.perf_counter() - started
-        image = image_grid.grid(images, min(len(images), 9), scale=self._scale)
-        return Picture(image, settings, seconds, len(images))
+        frames = np.stack(
+            [
+                image_grid.grid(frame, min(len(frame), 9), scale=self._scale)
+                for frame in frames_of(images)
+            ]
+        )
+        return Picture(frames, settings, seconds, len(images))
 
-    def _settings(self, label, seed, guidance) -> dict:
-        return {
+    def _settings(self, *, label, seed, guidance, start=None, end=None) -> dict:
+        """The checked conditions of a picture.
+
+        Args:
+          label: name of a class, `ANY_CLASS` or `NO_CLASS`.
+          seed: of the noise.
+          guidance: guidance scale w.
+          start, end: guidance interval; None if the network is not conditioned on it.
+        """
+        settings = {
             'class': str(label),
             'seed': _bounded('seed', seed, 0, MAX_SEED),
             'guidance': _bounded(
@@ -186,6 +229,13 @@ class Studio:
             ),
             'trained_steps': self.model.trained_steps,
         }
+        if self.model.default_interval is not None:
+            start = _bounded('start', start, 0, 1, kind=float)
+            end = _bounded('end', end, 0, 1, kind=float)
+            if start >= end:
+                raise FieldError('end', 'must be later than the start')
+            settings['interval'] = start, end
+        return settings
 
     def _schedule(self, steps, schedule: str) -> dict:
         if not schedule.strip():
@@ -202,11 +252,44 @@ class Studio:
             raise FieldError('schedule', str(error)[:MAX_MESSAGE]) from error
 
     def _label(self, label, index: int):
+        if label == NO_CLASS:
+            return None
         if label == ANY_CLASS:
             return index % len(self.model.class_names)
         if label not in self.model.class_names:
             raise FieldError('label', 'is not a class of this network')
         return label
+
+
+def _sampling(settings: dict) -> dict:
+    """The settings that methods of `Generator` take by the same names."""
+    names = ('guidance', 'schedule', 'interval')
+    return {name: settings[name] for name in names if name in settings}
+
+
+def path_frames(states: np.ndarray) -> list[np.ndarray]:
+    """Frames of a path: the moving image, and the states that it has reached.
+
+    Within a step the state moves on a straight line, so the frames between two states
+    are exact.
+
+    Args:
+      states: uint8 [steps + 1, H, W, C].
+
+    Returns:
+      Arrays [steps + 2, H, W, C].
+    """
+    steps = len(states) - 1
+    each = MAX_FRAMES // MAX_PATH_STEPS
+    frames = []
+    for position in np.linspace(0, steps, steps * each + 1):
+        reached = int(position)
+        after = states[min(reached + 1, steps)].astype(np.float32)
+        moving = states[reached] + (position - reached) * (after - states[reached])
+        blank = np.full_like(states[reached + 1 :], image_grid.BACKGROUND)
+        shown = [moving.round().astype(np.uint8)[None], states[: reached + 1], blank]
+        frames.append(np.concatenate(shown))
+    return frames
 
 
 def _bounded(field: str, value, low, high, kind=int):
@@ -240,34 +323,35 @@ class Tab:
 def make_tabs(studio: Studio) -> list[Tab]:
     """The tabs that suit the network."""
     numbers = ', '.join(map(str, studio.compared_steps))
+    interval = ('start', 'end') if studio.model.default_interval is not None else ()
     tabs = [
         Tab(
             'Samples',
             'Change the steps or the guidance scale, and keep the seed to compare.',
             studio.samples,
-            ('label', 'seed', 'steps', 'schedule', 'guidance', 'count'),
+            ('label', 'seed', 'steps', 'schedule', 'guidance', *interval, 'count'),
         ),
         Tab(
             'Steps side by side',
-            f'Samples from the same noise in {numbers} steps.',
+            f'Samples from the same noise in {numbers} steps. Move the guidance.',
             studio.side_by_side,
-            ('label', 'seed', 'guidance'),
+            ('guidance', *interval, 'label', 'seed'),
         ),
     ]
     if studio.model.has_paths:
         tabs += [
             Tab(
                 'From noise to image',
-                'The noise, and the state after each step.',
+                'The path of one image, and the state after each step.',
                 studio.path,
-                ('label', 'seed', 'steps', 'guidance'),
+                ('label', 'seed', 'steps', 'guidance', *interval),
                 {'steps': dict(maximum=min(MAX_PATH_STEPS, studio.model.base_steps))},
             ),
             Tab(
                 'Between two seeds',
                 'Images from noise that is interpolated between two seeds.',
                 studio.between,
-                ('label', 'seed', 'last_seed', 'steps', 'guidance', 'count'),
+                ('label', 'seed', 'last_seed', 'steps', 'guidance', *interval, 'count'),
                 {'count': dict(minimum=2)},
             ),
         ]
@@ -280,9 +364,12 @@ def make_field(studio: Studio, name: str, **limits):
 
     low, high = studio.guidance_range
     steps = limits.pop('maximum', studio.model.base_steps)
+    start, end = studio.model.default_interval or (0, 1)
     fields = {
         'label': lambda: gr.Dropdown(
-            [ANY_CLASS, *studio.model.class_names], value=ANY_CLASS, label='Class'
+            [ANY_CLASS, NO_CLASS, *studio.model.class_names],
+            value=ANY_CLASS,
+            label='Class',
         ),
         'seed': lambda: gr.Number(0, label='Seed'),
         'last_seed': lambda: gr.Number(1, label='Last seed'),
@@ -299,6 +386,12 @@ def make_field(studio: Studio, name: str, **limits):
             step=0.1,
             label='Guidance',
             interactive=low < high,
+        ),
+        'start': lambda: gr.Slider(
+            0, 1, value=start, step=0.05, label='Guidance from time'
+        ),
+        'end': lambda: gr.Slider(
+            0, 1, value=end, step=0.05, label='Guidance until time'
         ),
         'count': lambda: gr.Slider(
             limits.get('minimum', 1), MAX_IMAGES, value=4, step=1, label='Images'
@@ -317,7 +410,7 @@ def add_tab(studio: Studio, tab: Tab) -> tuple[Callable, list, list]:
 
     with gr.Tab(tab.title):
         gr.Markdown(tab.about)
-        with gr.Row():
+        with gr.Row(elem_classes='tab-row'):
             with gr.Column(scale=1):
                 inputs, errors = [], []
                 for name in tab.fields:
@@ -345,9 +438,8 @@ def add_tab(studio: Studio, tab: Tab) -> tuple[Callable, list, list]:
             return gr.skip(), gr.skip(), *messages
         return studio.save(picture), picture.timing(), *messages
 
-    changes = [
-        part.release if isinstance(part, gr.Slider) else part.change for part in inputs
-    ]
+    # While a slider moves, only the latest value is drawn.
+    changes = [part.change for part in inputs]
     outputs = [image, timing, *errors]
     gr.on(
         [button.click, *changes],

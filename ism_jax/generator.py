@@ -53,6 +53,8 @@ class Generator:
       image_shape: (H, W, C) of the images.
       base_steps: the largest number of sampling steps.
       guidance_range: (lowest, highest) guidance scale w.
+      default_interval: start and end time of guidance; None if the network is not
+        conditioned on them.
       trained_steps: number of training steps.
     """
 
@@ -64,6 +66,9 @@ class Generator:
         self.class_names = run.class_names
         self.base_steps = self._objective.base_steps
         self.guidance_range = self._objective.guidance_range
+        self.default_interval = None
+        if self._objective.conditions_on_interval:
+            self.default_interval = self._objective.default_interval
         self.trained_steps = run.step
         self.image_shape = self._sampler.output_shape()
 

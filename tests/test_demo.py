@@ -28,26 +28,74 @@ def studio(small_run):
     return demo.Studio(ism_jax.load(small_run))
 
 
+def _samples(studio, **changes):
+    values = dict(label='7', seed=3, steps=2, schedule='', guidance=1.0, count=1)
+    return studio.samples(**values | changes)
+
+
+CONDITIONS = dict(label='7', seed=0, guidance=1.0)
+
+
 def test_the_studio_makes_pictures(studio):
     side = 128 + 2  # Enlarged, with padding.
-    made = studio.samples('any', 3, 2, '', 1.0, 4)
+    made = _samples(studio, label='any', count=4)
     assert made.count == 4 and made.settings['schedule'] == (0.5, 0.5)
-    assert made.image.shape[0] < 2 * side < 3 * side < made.image.shape[1]
+    frames, height, width, _ = made.frames.shape
+    assert frames == 1 and height < 2 * side < 3 * side < width
     assert '4 images in ' in made.timing() and 'ms each' in made.timing()
-    one = studio.samples('7', 3, 2, '', 1.0, 1)
-    other = studio.samples('7', 4, 2, '', 1.0, 1)
-    assert one.image.shape == other.image.shape and (one.image != other.image).any()
-    given = studio.samples('any', 3, 128, ' 0.5, 0.5', 1.0, 4)
-    np.testing.assert_array_equal(given.image, made.image)
-    assert studio.side_by_side('7', 0, 1.0).count == 5
-    assert studio.path('7', 0, 3, 1.0).count == 4
-    assert studio.between('7', 0, 1, 2, 1.0, 6).count == 6
+    one = _samples(studio)
+    for change in (dict(seed=4), dict(label='none')):
+        other = _samples(studio, **change)
+        assert one.frames.shape == other.frames.shape
+        assert (one.frames != other.frames).any()
+    given = _samples(studio, label='any', count=4, steps=128, schedule=' 0.5, 0.5')
+    np.testing.assert_array_equal(given.frames, made.frames)
+    assert studio.side_by_side(**CONDITIONS).count == 4
+    assert studio.between(last_seed=1, steps=2, count=6, **CONDITIONS).count == 6
     studio.warm_up()
     studio.warm_up_more()
 
 
+def test_a_path_is_an_animation_that_ends_at_the_sample(studio):
+    path = studio.path(steps=3, **CONDITIONS)
+    assert path.count == 4 and len(path.frames) == 3 * 6 + 1
+    with Image.open(studio.save(path)) as image:
+        assert image.is_animated and image.n_frames == len(path.frames)
+        assert image.text['steps'] == '3'
+        image.seek(image.n_frames - 1)
+        assert image.info['duration'] == 1500
+    # The moving image is at the left of the states: noise, 3 steps.
+    cells = [path.frames[-1][:, i * 130 + 2 : i * 130 + 130] for i in range(5)]
+    np.testing.assert_array_equal(cells[0], cells[4])
+    sample = studio.model.sample(['7'], steps=3, guidance=1.0, seed=0)[0]
+    np.testing.assert_array_equal(cells[0][2:130:4, ::4], sample)
+    # Half of a step later it is half way.
+    states = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 1)).astype(np.uint8)
+    frames = demo.path_frames(states)
+    np.testing.assert_allclose(frames[3][0], states[:2].mean(0), atol=0.5)
+    assert (frames[3][2:] == 255).all() and (frames[-1][1:] == states).all()
+
+
+def test_an_interval_is_checked(studio, monkeypatch):
+    monkeypatch.setattr(studio.model, 'default_interval', (0.0, 1.0))
+    fields = [tab.fields for tab in demo.make_tabs(studio)]
+    assert all({'start', 'end'} <= {*names} for names in fields)
+    for start, end, field in ((-0.1, 1, 'start'), (0.5, 0.5, 'end'), (0, 2, 'end')):
+        with pytest.raises(demo.FieldError) as caught:
+            _samples(studio, start=start, end=end)
+        assert caught.value.field == field
+    given = {}
+    monkeypatch.setattr(
+        studio.model,
+        'sample',
+        lambda labels, **options: given.update(options) or np.zeros((1, 32, 32, 1)),
+    )
+    made = _samples(studio, start=0.25, end=0.75)
+    assert given['interval'] == made.settings['interval'] == (0.25, 0.75)
+
+
 def test_downloads_hold_their_settings(studio):
-    made = studio.samples('7', 5, 2, '', 1.5, 1)
+    made = _samples(studio, seed=5, guidance=1.5)
     with Image.open(studio.save(made)) as image:
         assert image.format == 'PNG'
         assert image.text == {
@@ -57,7 +105,7 @@ def test_downloads_hold_their_settings(studio):
             'trained_steps': '6',
             'schedule': '[0.5, 0.5]',
         }
-        np.testing.assert_array_equal(np.asarray(image), made.image.squeeze())
+        np.testing.assert_array_equal(np.asarray(image), made.frames[0].squeeze())
 
 
 @pytest.mark.parametrize(
@@ -79,14 +127,13 @@ def test_downloads_hold_their_settings(studio):
     ],
 )
 def test_bad_values_name_their_field(studio, field, value, message):
-    good = dict(label='7', seed=0, steps=1, schedule='', guidance=1.0, count=1)
     with pytest.raises(demo.FieldError, match=message) as caught:
-        studio.samples(**good | {field: value})
+        _samples(studio, **{field: value})
     assert caught.value.field == field and len(str(caught.value)) <= 300
 
 
 def test_old_pictures_are_deleted(studio):
-    made = studio.samples('7', 0, 1, '', 1.0, 1)
+    made = _samples(studio)
     for _ in range(300):
         last = studio.save(made)
     assert len(list(studio.folder.iterdir())) <= 257 and Path(last).exists()
@@ -170,8 +217,8 @@ def url(small_run):
         process.kill()
 
 
-@pytest.fixture
-def page(url):
+@pytest.fixture(params=[(1200, 1000), (390, 844)], ids=['desktop', 'phone'])
+def page(url, request):
     from playwright import sync_api
 
     quiet = '--no-sandbox --disable-gpu --no-first-run --disable-background-networking'
@@ -180,7 +227,8 @@ def page(url):
             executable_path=shutil.which('chromium'),
             args=[*quiet.split(), '--disable-component-update', '--disable-sync'],
         )
-        page = browser.new_page(viewport={'width': 1200, 'height': 1000})
+        width, height = request.param
+        page = browser.new_page(viewport={'width': width, 'height': height})
         page.urls = []
         page.on('request', lambda request: page.urls.append(request.url))
         page.goto(url)
@@ -201,6 +249,26 @@ def _changed(page, before):
             return source
         time.sleep(0.05)
     raise AssertionError('the picture did not change')
+
+
+def test_nothing_is_wider_than_the_page(page):
+    _picture(page).wait_for(timeout=60_000)
+    width = page.viewport_size['width']
+    assert page.evaluate('document.scrollingElement.scrollWidth') <= width
+    box = _picture(page).bounding_box()
+    assert 0 <= box['x'] and box['x'] + box['width'] <= width
+    # On a phone, too, the picture is not below its fields.
+    assert box['y'] < page.get_by_label('Seed', exact=True).first.bounding_box()['y']
+
+
+def test_sliders_move_by_keyboard(page):
+    _picture(page).wait_for(timeout=60_000)
+    source = _picture(page).get_attribute('src')
+    slider = page.get_by_role('slider', name='Guidance').locator('visible=true').first
+    slider.focus()
+    slider.press('ArrowRight')
+    _changed(page, source)
+    assert float(slider.input_value()) == pytest.approx(1.6)
 
 
 def test_the_first_tab(page, url, tmp_path):
@@ -249,7 +317,12 @@ def test_the_first_tab(page, url, tmp_path):
     'name', ['Steps side by side', 'From noise to image', 'Between two seeds']
 )
 def test_the_other_tabs(page, name):
-    page.get_by_role('tab', name=name).click()
+    tab = page.get_by_role('tab', name=name)
+    page.get_by_role('tab', name='Samples').wait_for()
+    if not tab.count():  # On a phone, tabs without a place are in a menu.
+        page.get_by_label('More tabs').click()
+        tab = page.get_by_role('button', name=name)
+    tab.click()
     page.get_by_role('button', name='Generate').locator('visible=true').click()
     _picture(page).wait_for(timeout=60_000)
     assert 'ms each' in page.locator('.prose.timing:visible').inner_text()

@@ -68,24 +68,35 @@ def write_png(path, array, metadata: Mapping | None = None) -> None:
     files.write_bytes(path, png_bytes(array, metadata))
 
 
-def png_bytes(array, metadata: Mapping | None = None) -> bytes:
+def png_bytes(
+    array, metadata: Mapping | None = None, seconds: Sequence[float] | None = None
+) -> bytes:
     """The content of a PNG file.
 
     Args:
-      array: uint8 [H, W] or [H, W, C], C = 1, 3 or 4.
+      array: uint8 [H, W] or [H, W, C], C = 1, 3 or 4; with `seconds` [F, H, W, C].
       metadata: text chunks of the file, name to value; values other than strings are
         written as JSON. Names have 1 to 79 Latin-1 characters. Pillow's
         `Image.open(path).text` and `identify -verbose` print them.
+      seconds: for an animation, how long each of its F frames is shown.
     """
     array = np.asarray(array)
     assert array.dtype == np.uint8, f'{array.dtype} is not uint8'
     chunks = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         chunks.add_text(name, value if isinstance(value, str) else json.dumps(value))
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
+    frames = [array] if seconds is None else array
+    if frames[0].ndim == 3 and frames[0].shape[2] == 1:
+        frames = [frame[..., 0] for frame in frames]
+    first, *others = [Image.fromarray(np.ascontiguousarray(f)) for f in frames]
+    animation = {}
+    if others:
+        milliseconds = [round(1000 * s) for s in seconds]
+        animation = dict(
+            save_all=True, append_images=others, duration=milliseconds, loop=0
+        )
     out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(out, 'PNG', pnginfo=chunks)
+    first.save(out, 'PNG', pnginfo=chunks, **animation)
     return out.getvalue()
 
 
