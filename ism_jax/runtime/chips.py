@@ -81,10 +81,10 @@ _GPUS = {
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip('v4', int(30.75 * GIB), 275, 1228, 300, TPU_DOCS + 'v4'),
+        Chip('v4', int(30.75 * GIB), 275, 1200, 300, TPU_DOCS + 'v4'),
         Chip('v5e', int(15.75 * GIB), 197, 819, 200, TPU_DOCS + 'v5e'),
         Chip('v5p', int(95.73 * GIB), 459, 2765, 600, TPU_DOCS + 'v5p'),
-        Chip('v6e', int(31.24 * GIB), 918, 1640, 400, TPU_DOCS + 'v6e'),
+        Chip('v6e', int(31.24 * GIB), 918, 1638, 400, TPU_DOCS + 'v6e'),
         Chip('tpu7x', int(94.74 * GIB), 1153.5, 3690, 300, TPU_DOCS + 'tpu7x'),
         Chip('a100', _GPUS['a100'].memory * 3 // 4, 312, 2039, 300, NVIDIA + 'a100'),
         Chip('h100', _GPUS['h100'].memory * 3 // 4, 989, 3352, 450, NVIDIA + 'h100'),

@@ -127,8 +127,9 @@ class BatchSharding:
         """Returns a copy in `dtype` on each device that splits the batch, [N, ...].
 
         A sharded weight is gathered in `dtype`. Its gradient is the sum over the copies
-        in float32: an all-reduce, and with `fsdp` a reduce-scatter where the compiler
-        has that (TPU and GPU; XLA's CPU backend reduces and then slices).
+        in float32: an all-reduce over `data`, and with `fsdp` before it a
+        reduce-scatter where the compiler has that (TPU and GPU; XLA's CPU backend
+        reduces and then slices).
 
         Args:
           weight: float32, with the sharding of `leaf_spec`.
@@ -149,9 +150,14 @@ def _copies_forward(weight, dtype, split):
 
 
 def _copies_backward(dtype, split, _, cotangent):
-    gradient = cotangent.astype(jnp.float32).sum(0)
-    spec = leaf_spec(gradient.shape, split.mesh.shape['fsdp'])
-    return (_constrain(gradient, split.mesh, spec),)
+    shape, mesh = cotangent.shape[1:], split.mesh
+    spec = leaf_spec(shape, mesh.shape['fsdp'])
+    gradient = cotangent.astype(jnp.float32)
+    if split.axes == ('data', 'fsdp') and spec != P():
+        # In one sum, XLA for TPUs would reduce over all devices before it slices.
+        gradient = gradient.reshape(*mesh.devices.shape, *shape).sum(1)
+        gradient = _constrain(gradient, mesh, P('data', *spec))
+    return (_constrain(gradient.sum(0), mesh, spec),)
 
 
 _copies.defvjp(_copies_forward, _copies_backward)

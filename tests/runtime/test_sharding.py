@@ -119,20 +119,23 @@ def _split_bytes(found, params):
     return total[True], total[False]
 
 
-def _check(found, params, passes):
+def _check(found, params, passes, mesh=(2, 4)):
     """No activation moves, and each gradient is reduced once.
 
     Args:
       found: collectives of a step.
       params: shapes of the parameters.
       passes: how often the network runs, forward and backward.
+      mesh: (data, fsdp); gradients are summed over `fsdp`, then a part over `data`.
     """
     size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     reduced = [one for one in found if one.kind in ('all-reduce', 'reduce-scatter')]
     gathered = [one for one in found if one.kind == 'all-gather']
     others = [one for one in found if one not in reduced + gathered]
     gradients, scalars = _split_bytes(reduced, params)
-    assert 0.9 * size < gradients + scalars < 1.02 * size
+    data, fsdp = mesh
+    once = size * ((fsdp > 1) + (data > 1) / fsdp)
+    assert 0.9 * once < gradients + scalars < 1.02 * once
     weights, activations = _split_bytes(gathered, params)
     assert weights < 1.02 * passes * size
     # Conditions and labels, [B] and [B, width]; the tokens are [B, 64, width].
@@ -143,7 +146,7 @@ def _check(found, params, passes):
 def test_a_step_gathers_weights_and_reduces_each_gradient_once(data, fsdp):
     step, state = _compiled_step(data, fsdp)
     found = collectives(step)
-    _check(found, state.params, passes=2)
+    _check(found, state.params, passes=2, mesh=(data, fsdp))
     assert any(one.kind == 'all-gather' for one in found) == (fsdp > 1)
 
 
