@@ -13,16 +13,22 @@ from ism_jax import config as config_lib
 
 def get_config(arg: str = ''):
     c = config_lib.default()
-    c.data.source = 'mnist'
-    c.model.update(hidden_size=192, depth=6, num_heads=3, patch_size=8, unroll=6)
-    c.train.batch_size = 64
-    c.train.steps = 2400
-    c.optimizer.update(
-        learning_rate=1.5e-3, schedule='cosine', warmup_steps=100, clip_norm=1.0
+    c.data.update(source='mnist', image_size=28)
+    config_lib.use_best(c, guidance_max=2.5)
+    c.model.update(
+        backbone='unet',
+        hidden_size=32,
+        patch_size=2,
+        channel_multipliers=(1, 2),
+        num_heads=2,
     )
-    c.transport.batches = 32
-    c.log.update(every=100, grid_every=400)
-    c.checkpoint.every = 800
-    c.sample.update(steps=(1, 2, 4, 8, 32), batch_size=250)
+    c.wavelet.levels = 2  # For `configs/quickstart.py:ism`.
+    c.train.update(batch_size=64, steps=2000)
+    c.optimizer.update(
+        learning_rate=3e-3, schedule='cosine', warmup_steps=100, clip_norm=1.0
+    )
+    c.log.update(every=50, grid_every=500)
+    c.checkpoint.every = 500
+    c.sample.update(steps=(1, 2, 4, 8), batch_size=250)
     c.scores.samples = 1000
     return config_lib.with_argument(c, arg)

@@ -210,8 +210,8 @@ def _use_rung(config, rung: str) -> None:
 def use_best(config, *, guidance_max: float) -> None:
     """Makes an iSM config train the best recipe that we have measured.
 
-    The bootstrap over steps of any size, weighted up; the guidance interval as an input;
-    the null label at every d and w; squared error. `docs/results.md` has the figure that
+    The finite difference over steps of any size; the guidance interval as an input; the
+    null label at every d and w; squared error. `docs/results.md` has the figure that
     chose each field.
 
     Args:
@@ -219,9 +219,9 @@ def use_best(config, *, guidance_max: float) -> None:
       guidance_max: largest guidance scale w; no larger than samples will use.
     """
     config.objective.update(
-        step_draw='uniform',
-        bootstrap_split='random',
-        loss_weights=(1.0, 0.5, 4.0),
+        consistency='difference',
+        difference_distance=0.05,
+        step_draw='ends',
         interval='input',
         null_share=0.1,
         guidance_max=guidance_max,

@@ -118,9 +118,6 @@ OPTION_RULES = {
     'consistency': _one_of('bootstrap', 'derivative', 'difference'),
     'step_draw': _one_of('dyadic', 'ends', 'uniform'),
     'bootstrap_split': _one_of('half', 'random'),
-    'consistency_clip': _at_least(0),
-    'derivative_warmup': _FRACTION,
-    'relaxation': ('above 0 and at most 1; 1 is the full step', lambda v: 0 < v <= 1),
     'difference_distance': ('in (0, 0.5]; 0.005 is usual', lambda v: 0 < v <= 0.5),
     'interval': _one_of('fixed', 'input'),
     'guidance_target': _one_of('unguided', 'guided'),
@@ -317,13 +314,6 @@ def _ism_problems(options) -> Iterator[str]:
                 yield (
                     f'objective.{name} = {options[name]!r} needs steps of any size; '
                     "set objective.step_draw = 'ends'"
-                )
-    if options.consistency == 'bootstrap':
-        for name, usual in (('derivative_warmup', 0), ('relaxation', 1)):
-            if options[name] != usual:
-                yield (
-                    f'objective.{name} = {options[name]} needs a target with a '
-                    "derivative; set objective.consistency = 'difference'"
                 )
     if options.guidance_draw != 'grid':
         return

@@ -86,7 +86,7 @@ def test_counts_are_those_of_xla():
 @pytest.mark.parametrize(
     'name, passes',
     # Forward passes per sample: 3 for the gradient, plus those of the teachers.
-    [('ism', 3 + 2 / 4 + 2 / 4), ('flow_matching', 3), ('shortcut', 3 + 4 / 8)],
+    [('ism', 3 + 2 / 4 + 2 / 4), ('flow_matching', 3), ('shortcut', 3 + 2 * 36 / 256)],
 )
 def test_steps_cost_the_passes_that_the_method_makes(name, passes):
     config = _get_config('imagenet256_ism_xl2', name)
@@ -98,7 +98,7 @@ def test_steps_cost_the_passes_that_the_method_makes(name, passes):
     'data, fsdp', [(2, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
 )
 def test_bytes_of_the_state_are_what_xla_reports(data, fsdp, eight_devices):
-    config = _get_config('quickstart', 'runlocal')
+    config = _get_config('fashion_mnist', 'runlocal')
     config.model.update(hidden_size=64, depth=3)
     config.mesh.update(data=data, fsdp=fsdp)
     parts = experiment.Experiment(config)
@@ -191,7 +191,7 @@ def test_remat_keeps_less():
 
 
 def test_points_that_exceed_the_memory_are_refused(monkeypatch):
-    config = _get_config('quickstart', 'runlocal')
+    config = _get_config('fashion_mnist', 'runlocal')
     config.model.update(hidden_size=8, num_heads=2)
     parts = experiment.Experiment(config)
     needed = 2 * len(parts.source) * 32 * 32

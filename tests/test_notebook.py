@@ -8,7 +8,6 @@ To execute it at full size and keep its outputs (needs nbconvert and ipywidgets)
 import base64
 import importlib.util
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / 'launch' / 'colab.ipynb'
 MAX_BYTES = 2 * 2**20
 # Appended to the cells tagged as parameters, in order.
-SMALL = ("VARIANT, STEPS, RUNS = 'runlocal', 12, {folder!r}", 'FINE_TUNE_STEPS = 5')
+SMALL = (
+    "VARIANT, STEPS, RUNS, SAMPLES = 'runlocal', 12, {folder!r}, 32",
+    'FINE_TUNE_STEPS = 5',
+)
 # What a user does next: move the sliders, and wait for new samples.
 MOVE_SLIDERS = """
 steps, guidance, label, seed, output = controls.widget.children
@@ -57,8 +59,7 @@ def executed(tmp_path_factory):
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources={'metadata': {'path': str(ROOT / 'launch')}}
     )
-    # With optimized programs: it runs them longer than it compiles them.
-    client.execute(env=os.environ | {'XLA_FLAGS': ''})
+    client.execute()
     return notebook, folder
 
 

@@ -16,8 +16,8 @@ from ism_jax.method import interpolant
 from ism_jax.method.training_batch import Inputs, apply_together
 
 
-def derivative(apply, params, inputs: Inputs, velocity) -> tuple[jax.Array, jax.Array]:
-    """The pair (s, ds/dt) by one Jacobian-vector product, each [B, H, W, C].
+def derivative(apply, params, inputs: Inputs, velocity) -> jax.Array:
+    """ds/dt by one Jacobian-vector product, [B, H, W, C].
 
     Args:
       apply, params: the network.
@@ -25,21 +25,21 @@ def derivative(apply, params, inputs: Inputs, velocity) -> tuple[jax.Array, jax.
       velocity: v at x_t and t, [B, H, W, C].
     """
     x, t, d, *rest = inputs.arguments()
-    return jax.jvp(
+    _, slope = jax.jvp(
         lambda x, t, d: apply(params, x, t, d, *rest),
         (x, t, d),
         (velocity, jnp.ones_like(t), -jnp.ones_like(d)),
     )
+    return slope
 
 
 def difference(
     apply, params, repeats: int, inputs: Inputs, velocity, distance: float
-) -> tuple[jax.Array, jax.Array]:
-    """(s, ds/dt) by a finite difference, for kernels without forward-mode derivatives.
+) -> jax.Array:
+    """ds/dt by a finite difference, for kernels without forward-mode derivatives.
 
     The difference is central, truncated at t = 0 and at the end of the step. Its error
-    is of order distance^2, or of order distance where it is truncated. s is
-    interpolated between the two points.
+    is of order distance^2, or of order distance where it is truncated.
 
     Args:
       apply, params, inputs, velocity: see `derivative`.
@@ -54,5 +54,4 @@ def difference(
 
     earlier, later = apply_together(apply, params, repeats, moved(-back), moved(ahead))
     between = jnp.maximum(back + ahead, jnp.finfo(jnp.float32).tiny)
-    slope = (later - earlier) / between[:, None, None, None]
-    return interpolant.step(earlier, slope, back), slope
+    return (later - earlier) / between[:, None, None, None]

@@ -24,7 +24,8 @@ from ism_jax.models import attention, conditions
 from ism_jax.models.linear import Linear
 from ism_jax.runtime.sharding import BatchSharding
 
-MAX_GROUPS = 32  # Of every group norm, as in ADM.
+# Of every group norm, as in EDM (Karras et al., arXiv 2206.00364).
+MAX_GROUPS, MIN_GROUP_CHANNELS = 32, 4
 
 
 def fold(x: jax.Array, factor: int) -> jax.Array:
@@ -46,7 +47,7 @@ def unfold(x: jax.Array, factor: int) -> jax.Array:
 
 def _norm(x, name):
     """Group norm, computed in float32, in the dtype of x."""
-    groups = math.gcd(MAX_GROUPS, x.shape[-1])
+    groups = math.gcd(MAX_GROUPS, max(1, x.shape[-1] // MIN_GROUP_CHANNELS))
     norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=jnp.float32, name=name)
     return norm(x).astype(x.dtype)
 

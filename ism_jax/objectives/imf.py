@@ -86,7 +86,7 @@ class Objective(BaseObjective):
         )
         target_u = interpolant.step(
             guided_u,
-            mean_velocity.derivative(apply, teacher, inputs_u, direction)[1],
+            mean_velocity.derivative(apply, teacher, inputs_u, direction),
             inputs_u.d,
         )
         (mean_v, head_v), (mean_u, head_u) = training_batch.apply_together(

@@ -33,14 +33,15 @@ Options beyond the paper:
     compose at any time (Boffi et al., arXiv 2406.07507).
   * `consistency = 'derivative'` has the target s = v + d ds/dt for such steps, where
     v = s'(x_t, t, c, 0, w); 'difference' replaces the Jacobian-vector product by a
-    finite difference. See `method.mean_velocity`. Both may diverge early in training,
-    for which there are three remedies (figures in `docs/results.md`):
-    `derivative_warmup` lets the factor of the derivative grow from 0 to 1 (tangent
-    warm-up, sCM, arXiv 2410.11081); `relaxation` moves the target from the teacher's
-    output s' only a part of the way, sg(s' + r (v + d ds'/dt - s')), which has the same
-    fixed point; `consistency_clip` bounds the target, as the code of Shortcut Models
-    does. With r = h / d and a difference over h, relaxation is the bootstrap whose
-    first step is h.
+    finite difference. See `method.mean_velocity`. The derivative is that of the online
+    network, as in MeanFlow; with that of the target EMA, training often diverges. If
+    the network has the error e, the target has the error d de/dt, and a network that
+    goes the share r of the way to the target has the error (1 - r) e + r d de/dt. This
+    is Euler's method, with step r, for a linear flow that carries errors from short
+    steps to long ones: it damps them if r is small, and amplifies rough ones if r is
+    near 1. A training step is a small r. But if the target lags, the network nearly
+    reaches each target before the target moves. The bootstrap averages two outputs, so
+    it amplifies nothing at any r.
   * `guidance_target = 'guided'` has the target
     (x1 - x0) + w_t / (1 + w_t) sg( s'(x_t, t, c, 0, w) - s'(x_t, t, null, 0, 0) ).
     Both targets have the fixed point v(c) + w_t (v(c) - v(null)). This one multiplies
@@ -108,21 +109,12 @@ class Objective(BaseObjective):
     difference_distance: float = option(
         0.005, "time between the points of consistency = 'difference'; larger in bf16"
     )
-    derivative_warmup: float = option(
-        0.0, 'share of the training in which d ds/dt grows to its full size in targets'
-    )
-    relaxation: float = option(
-        1.0, "share of the way from the teacher's output to a target with d ds/dt"
-    )
     step_draw: Literal['dyadic', 'ends', 'uniform'] = option(
         'dyadic',
         "steps of consistency: 'dyadic', between two random 'ends', or 'uniform' in d",
     )
     bootstrap_split: Literal['half', 'random'] = option(
         'half', "where the two steps of 'bootstrap' meet: in 'half', or at 'random'"
-    )
-    consistency_clip: float = option(
-        0.0, 'clip consistency targets to [-clip, clip]; 0 for none'
     )
     interval: Literal['fixed', 'input'] = option(
         'fixed', "guidance acts from guidance_interval on, or between two 'input' times"
@@ -151,6 +143,7 @@ class Objective(BaseObjective):
     def __call__(
         self, apply, params, target_params, batch: Batch, key, *, distance, progress
     ):
+        del progress  # No curriculum.
         key_v, key_g, key_c = jax.random.split(key, 3)
         batch_v, batch_g, batch_c = training_batch.split(batch, self._shares())
         repeats = batch.label.shape[0] // self.batch_multiple
@@ -173,12 +166,8 @@ class Objective(BaseObjective):
             self._acting_guidance(guided),
         )
         consistency_target = self._consistency_target(
-            apply, params, target_params, repeats, coarse, part, first, progress
+            apply, params, target_params, repeats, coarse, part, first
         )
-        if self.consistency_clip:
-            consistency_target = jnp.clip(
-                consistency_target, -self.consistency_clip, self.consistency_clip
-            )
         prediction_v, prediction_g, prediction_c = apply_together(
             apply, params, repeats, velocity, guided, coarse
         )
@@ -309,15 +298,7 @@ class Objective(BaseObjective):
         return time_grid.embedded_step(d, self.base_steps) if self.dyadic else d
 
     def _consistency_target(
-        self,
-        apply,
-        params,
-        target_params,
-        repeats,
-        coarse: Inputs,
-        part,
-        first,
-        progress,
+        self, apply, params, target_params, repeats, coarse: Inputs, part, first
     ) -> jax.Array:
         """Target over the step of `coarse`.
 
@@ -326,16 +307,10 @@ class Objective(BaseObjective):
           coarse: inputs of the step.
           part: size of the first of the two steps of 'bootstrap', else 0, [B].
           first: the teacher's velocity over `part`, [B, H, W, C].
-          progress: see `__call__`.
         """
         if self.consistency != 'bootstrap':
-            value, slope = self._derivative(
-                apply, target_params, repeats, coarse, first
-            )
-            if self.derivative_warmup:
-                slope *= jnp.minimum(1.0, progress / self.derivative_warmup)
-            target = interpolant.step(first, slope, coarse.d)
-            return value + self.relaxation * (target - value)
+            slope = self._derivative(apply, params, repeats, coarse, first)
+            return interpolant.step(first, slope, coarse.d)
         move = first
         if self.midpoint == 'online':
             (move,) = apply_together(
@@ -352,12 +327,13 @@ class Objective(BaseObjective):
         share = share[:, None, None, None]
         return share * first + (1 - share) * second
 
-    def _derivative(self, apply, target_params, repeats, coarse: Inputs, velocity):
-        """The teacher's mean velocity and its derivative along the path."""
+    def _derivative(self, apply, params, repeats, coarse: Inputs, velocity):
+        """The derivative of the online network's mean velocity along the path."""
+        teacher = jax.lax.stop_gradient(params)
         if self.consistency == 'derivative':
-            return mean_velocity.derivative(apply, target_params, coarse, velocity)
+            return mean_velocity.derivative(apply, teacher, coarse, velocity)
         return mean_velocity.difference(
-            apply, target_params, repeats, coarse, velocity, self.difference_distance
+            apply, teacher, repeats, coarse, velocity, self.difference_distance
         )
 
     def _per_level(self, values, d) -> dict[str, jax.Array]:
@@ -401,10 +377,6 @@ class Objective(BaseObjective):
     @property
     def has_forward_derivative(self) -> bool:
         return self.consistency == 'derivative'
-
-    @property
-    def has_curriculum(self) -> bool:
-        return self.derivative_warmup > 0
 
     @property
     def batch_multiple(self) -> int:

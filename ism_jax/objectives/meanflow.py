@@ -106,7 +106,7 @@ class Objective(BaseObjective):
         `progress` are for alpha-Flow.
         """
         del prediction, progress
-        _, slope = mean_velocity.derivative(apply, params, inputs, velocity)
+        slope = mean_velocity.derivative(apply, params, inputs, velocity)
         return interpolant.step(velocity, slope, inputs.d)
 
     def _guided_velocities(self, apply, params, repeats, parts, batches):

@@ -17,7 +17,7 @@ def _exact():
 
 def test_the_derivative_satisfies_the_identity():
     inputs, velocity, mean = _exact()
-    _, slope = mean_velocity.derivative(flow, None, inputs, velocity)
+    slope = mean_velocity.derivative(flow, None, inputs, velocity)
     target = interpolant.step(velocity, slope, inputs.d)
     np.testing.assert_allclose(target, mean, atol=2e-5)
     assert jnp.abs(mean - velocity).max() > 0.3
@@ -27,10 +27,10 @@ def test_the_difference_converges_to_the_derivative_in_second_order():
     inputs, velocity, _ = _exact()
     inputs = inputs._replace(t=inputs.t + 0.1)  # Away from the ends.
     inputs = inputs._replace(d=jnp.clip(inputs.d, 0.1, 0.3))
-    _, slope = mean_velocity.derivative(flow, None, inputs, velocity)
+    slope = mean_velocity.derivative(flow, None, inputs, velocity)
 
     def error(distance):
-        _, found = mean_velocity.difference(flow, None, 1, inputs, velocity, distance)
+        found = mean_velocity.difference(flow, None, 1, inputs, velocity, distance)
         return float(jnp.abs(found - slope).max())
 
     assert error(0.1) < 0.5 and 3.5 < error(0.1) / error(0.05) < 4.5
@@ -48,7 +48,7 @@ def test_the_difference_stays_inside_the_step(t, d):
         calls.append((t, d))
         return x * expand(1 + t + d**2)
 
-    _, slope = mean_velocity.difference(apply, None, 1, inputs, velocity, 0.005)
+    slope = mean_velocity.difference(apply, None, 1, inputs, velocity, 0.005)
     ((times, sizes),) = calls
     assert (times >= 0).all() and (sizes >= 0).all()
     np.testing.assert_allclose(times + sizes, t + d, atol=1e-6)

@@ -40,7 +40,7 @@ CONFIG = '--config=configs/quickstart.py'
         ),
         ((CONFIG, '--config.trian.steps=8'), "did you mean 'train'"),
         ((CONFIG, '--config.train.steps=many'), '--config.train.steps=many'),
-        ((CONFIG, '--config.train.batch_size=20'), 'train.batch_size = 20'),
+        ((CONFIG, '--config.train.batch_size=22'), 'train.batch_size = 22'),
         ((CONFIG, '--wrkdir=x'), "Unknown command line flag 'wrkdir'"),
         ((CONFIG, 'x'), "'x' is not a flag"),
         ((CONFIG, '--workdir=s3://bucket/a'), '--workdir s3://bucket/a is a URL'),
@@ -71,7 +71,7 @@ def test_help_on_the_config_lists_every_field_with_its_value():
         assert f'--config.{name}={value!r}' in result.stdout
     result = _train('--help=config', CONFIG, '--config.train.steps=77')
     assert '--config.train.steps=77' in result.stdout
-    assert '--config.model.hidden_size=192' in result.stdout
+    assert '--config.model.hidden_size=32' in result.stdout
 
 
 @pytest.mark.parametrize('url', ['gs://bucket/a', 's3://b', 'https://x/y'])
