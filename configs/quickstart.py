@@ -23,7 +23,7 @@ def get_config(arg: str = ''):
         num_heads=2,
     )
     c.wavelet.levels = 2  # For `configs/quickstart.py:ism`.
-    c.train.update(batch_size=64, steps=2000)
+    c.train.update(batch_size=64, steps=1600)
     c.optimizer.update(
         learning_rate=3e-3, schedule='cosine', warmup_steps=100, clip_norm=1.0
     )

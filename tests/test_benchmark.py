@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def _config(*args):
-    path = ROOT / 'configs' / 'quickstart.py'
-    spec = importlib.util.spec_from_file_location('quickstart', path)
+    path = ROOT / 'configs' / 'fashion_mnist.py'
+    spec = importlib.util.spec_from_file_location('fashion_mnist', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(','.join(args))

@@ -94,7 +94,7 @@ def copy(trained, folder):
 
 def test_a_killed_run_resumes_bit_for_bit(folder, tmp_path):
     flags = (
-        '--config=configs/quickstart.py:runlocal',
+        '--config=configs/fashion_mnist.py:runlocal',
         '--config.scores.enabled=False',
         '--config.checkpoint.every=2',
         '--config.log.every=1',

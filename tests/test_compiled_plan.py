@@ -34,7 +34,7 @@ def _get_config(path, *args):
 
 def _small(**fields):
     """Flow matching with a tiny network, which compiles quickly."""
-    config = _get_config('configs/quickstart.py', 'runlocal,flow_matching')
+    config = _get_config('configs/fashion_mnist.py', 'runlocal,flow_matching')
     config.transport.enabled = config.wavelet.enabled = False
     config.model.update(hidden_size=32, depth=1, num_heads=2, patch_size=8)
     config.sample.steps = (1,)

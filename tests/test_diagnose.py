@@ -63,7 +63,7 @@ class _Page(parser.HTMLParser):
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-    config = runpy.run_path(ROOT / 'configs/quickstart.py')['get_config']('runlocal')
+    config = runpy.run_path(ROOT / 'configs/fashion_mnist.py')['get_config']('runlocal')
     config.scores.enabled = False
     config.model.update(hidden_size=16, depth=1, patch_size=16)
     config.objective.base_steps = 4

@@ -108,7 +108,9 @@ def _flags(folder, cache):
 
 def _straight(folder):
     """An uninterrupted run of one process on disk."""
-    get_config = runpy.run_path(str(ROOT / 'configs' / 'quickstart.py'))['get_config']
+    get_config = runpy.run_path(str(ROOT / 'configs' / 'fashion_mnist.py'))[
+        'get_config'
+    ]
     config = get_config('runlocal')
     for name, value in _flags(folder, folder / 'cache').items():
         config.update_from_flattened_dict({name.removeprefix('config.'): value})
@@ -130,7 +132,7 @@ class Job:
         settings |= {'PYTHONUNBUFFERED': '1', 'PYTHONPATH': str(ROOT)}
         self.process = subprocess.Popen(
             ['bash', ROOT / 'launch' / 'tpu_pod.sh',
-             f'--config={ROOT}/configs/quickstart.py:runlocal',
+             f'--config={ROOT}/configs/fashion_mnist.py:runlocal',
              *(f'--{name}={value}' for name, value in flags.items())],
             env=os.environ | settings, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -30,7 +30,7 @@ CHANGES = {
 def _flags(workdir, changes):
     changes = CHANGES | changes
     return [
-        '--config=configs/quickstart.py:runlocal', f'--workdir={workdir}',
+        '--config=configs/fashion_mnist.py:runlocal', f'--workdir={workdir}',
         *(f'--config.{name}={value}' for name, value in changes.items()),
     ]  # fmt: skip
 
