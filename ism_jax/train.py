@@ -42,14 +42,7 @@ from ism_jax.runtime import (
     preemption,
     watchdog,
 )
-from ism_jax.training import (
-    checkpoint,
-    loop,
-    profiler,
-    train_state,
-    train_step,
-    writers,
-)
+from ism_jax.training import checkpoint, loop, profiler, train_state, writers
 from ism_jax.training.progress import Progress, closing_text, parameter_table
 
 
@@ -137,7 +130,6 @@ def _train(config, workdir: paths.Path, held, requests, on_samples, tracer):
         state,
         train_step=experiment.compile_train_step(shardings),
         seed_key=experiment.seed_key,
-        measure=jax.jit(train_step.state_metrics),
         next_pool=functools.partial(experiment.next_pool, loader),
         intervals=loop.Intervals(**experiment.intervals()),
         progress=progress,

@@ -19,6 +19,7 @@ from ism_jax.training.paired_pool import Pool
 from ism_jax.training.profiler import Profiler
 from ism_jax.training.progress import Progress
 from ism_jax.training.train_state import TrainState
+from ism_jax.training.train_step import state_metrics
 
 # Batches of skipped steps that are kept, in addition to the one that ends a run.
 MAX_KEPT_BATCHES = 5
@@ -55,7 +56,6 @@ def run(
     *,
     train_step: Callable[[TrainState, Pool, jax.Array], tuple[TrainState, dict]],
     seed_key: jax.Array,
-    measure: Callable[[TrainState], dict],
     next_pool: Callable[[], tuple[Pool, dict]],
     intervals: Intervals,
     progress: Progress,
@@ -74,7 +74,6 @@ def run(
       state: the initial state; it is donated.
       train_step: see `train_step.train_step`, compiled.
       seed_key: the run's key.
-      measure: returns scalars of a state, for the logs.
       next_pool: returns the pool of the next step, and the coupling's report.
       intervals: when to log, save and draw.
       progress: reports and records.
@@ -109,7 +108,7 @@ def run(
         previous = step, metrics, pool
         done = step + 1
         if intervals.is_due('log', done):
-            progress.log(done, coupling | data_counts(loader) | measure(state))
+            progress.log(done, coupling | data_counts(loader) | state_metrics(state))
             report_skipped(loader.source, reported, progress)
         if requests.stop_after(done):
             watchdog.stop()

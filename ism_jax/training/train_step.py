@@ -61,7 +61,6 @@ def train_step(
 
     params = sharding.group_copies(state.params, groups)
     target_params = sharding.group_copies(state.target_params(), groups)
-
     options = dict(distance=distance, progress=state.step / num_steps)
 
     def loss_fn(params, batch, key):
@@ -97,11 +96,11 @@ def train_step(
     )
     metrics |= {'loss': loss, 'norm/gradient': gradient_norm}
     metrics |= {'norm/update': optax.global_norm(updates)}
-    metrics |= {'skipped': new_state.skipped}
-    metrics |= {'skipped_in_row': new_state.skipped_in_row}
+    metrics |= {n: getattr(new_state, n) for n in ('skipped', 'skipped_in_row')}
     return new_state, metrics
 
 
+@jax.jit
 def state_metrics(state: TrainState) -> dict[str, jax.Array]:
     """The norm of a state's parameters and the distances between its trees."""
     metrics = {
