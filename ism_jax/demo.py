@@ -25,7 +25,7 @@ from absl import flags
 import numpy as np
 
 from ism_jax import generator
-from ism_jax.runtime import command_line, files
+from ism_jax.runtime import command_line
 from ism_jax.sampling import image_grid
 
 MAX_IMAGES = 16
@@ -37,7 +37,7 @@ MAX_TEXT, MAX_MESSAGE = 2000, 300  # Characters.
 MAX_PICTURES = 256
 DISPLAY_SIDE = 128  # Pixels; smaller images are enlarged.
 COMPARED_STEPS = (1, 2, 4, 8)
-MAX_FRAMES = 96  # Of the animation of a path.
+FRAMES_PER_STEP = 6  # Of the animation of a path.
 FRAME_SECONDS, LAST_FRAME_SECONDS = 0.08, 1.5
 ANY_CLASS, NO_CLASS = 'any', 'none'
 CSS = """
@@ -186,9 +186,7 @@ class Studio:
         """Writes the picture with its settings as metadata; returns the file's path."""
         path = self.folder / f'ism_jax_{time.time_ns()}.png'
         seconds = [FRAME_SECONDS] * (len(picture.frames) - 1) + [LAST_FRAME_SECONDS]
-        files.write_bytes(
-            path, image_grid.png_bytes(picture.frames, picture.settings, seconds)
-        )
+        image_grid.write_png(path, picture.frames, picture.settings, seconds)
         # Only recent pictures can still be on a visitor's page.
         for old in sorted(self.folder.glob('ism_jax_*.png'))[:-MAX_PICTURES]:
             old.unlink(missing_ok=True)
@@ -280,9 +278,8 @@ def path_frames(states: np.ndarray) -> list[np.ndarray]:
       Arrays [steps + 2, H, W, C].
     """
     steps = len(states) - 1
-    each = MAX_FRAMES // MAX_PATH_STEPS
     frames = []
-    for position in np.linspace(0, steps, steps * each + 1):
+    for position in np.linspace(0, steps, steps * FRAMES_PER_STEP + 1):
         reached = int(position)
         after = states[min(reached + 1, steps)].astype(np.float32)
         moving = states[reached] + (position - reached) * (after - states[reached])

@@ -89,21 +89,14 @@ class Experiment:
 
     def apply(self, params, *inputs, **options) -> jax.Array:
         """The network as a function of its parameters and the inputs of `SiT`."""
-        padded = sharding.apply_padded(
-            lambda params, *inputs, **options: self.model.apply(
-                {'params': params}, *inputs, **options
-            ),
-            self.model.batch_sharding.size,
-        )
+        devices = self.model.batch_sharding.size
+        padded = sharding.apply_padded(_applied(self.model), devices)
         return padded(params, *inputs, **options)
 
     def _apply_in_groups(self, params, *inputs, **options):
         """The network with the parameters of `sharding.group_copies`."""
         split = sharding.BatchSharding(self.mesh, ('fsdp',))
-        model = self.model.clone(batch_sharding=split)
-        apply = lambda params, *inputs, **options: model.apply(
-            {'params': params}, *inputs, **options
-        )
+        apply = _applied(self.model.clone(batch_sharding=split))
         grouped = sharding.apply_in_groups(apply, self.mesh)
         return grouped(params, *inputs, **options)
 
@@ -489,6 +482,13 @@ def make_model(config, num_classes: int, **options) -> conditions.ConditionedNet
     if options['attention'] == 'auto' and objective.has_forward_derivative:
         options['attention'] = 'xla'  # cuDNN's has no forward-mode derivative.
     return backbone(num_classes=num_classes, **options)
+
+
+def _applied(model):
+    """A network as a function of its parameters and the inputs of `SiT`."""
+    return lambda params, *inputs, **options: model.apply(
+        {'params': params}, *inputs, **options
+    )
 
 
 def pool_shardings(mesh) -> paired_pool.Pool:

@@ -97,17 +97,29 @@ def optional_guidance(apply, params, x, t, d, label, w, null: int) -> jax.Array:
 
 
 def classifier_free_velocity(
-    apply, params, x, t, d, label: jax.Array, w: jax.Array, null: int
+    apply,
+    params,
+    x,
+    t,
+    d,
+    label: jax.Array,
+    w: jax.Array,
+    null: int,
+    guided: np.ndarray | None = None,
 ) -> jax.Array:
-    """s(c) + w (s(c) - s(null)), [B, H, W, C], in one call on 2 B samples.
+    """s(c) + w (s(c) - s(null)), [B, H, W, C], in one call on up to 2 B samples.
 
     The network `apply(params, x, t, d, w, label)` is conditioned on w = 0; x is
-    [B, H, W, C], and t, d, w and label are [B].
+    [B, H, W, C], and t, d, w and label are [B]. If `guided` are the indices of some
+    samples, the others have s(c), and do not run without a label.
     """
-    double = lambda array: jnp.concatenate([array, array])
-    labels = jnp.concatenate([label, jnp.full_like(label, null)])
-    both = apply(
-        params, double(x), double(t), double(d), jnp.zeros(2 * w.shape[0]), labels
+    some = lambda array: array if guided is None else array[guided]
+    append = lambda array: jnp.concatenate([array, some(array)])
+    labels = jnp.concatenate([label, some(jnp.full_like(label, null))])
+    velocity = apply(
+        params, append(x), append(t), append(d), jnp.zeros(len(labels)), labels
     )
-    conditional, unconditional = jnp.split(both, 2)
+    conditional, unconditional = velocity[: len(x)], velocity[len(x) :]
+    if guided is not None:
+        unconditional = conditional.at[guided].set(unconditional)
     return guided_velocity(conditional, conditional, unconditional, w)

@@ -111,28 +111,17 @@ class Objective(BaseObjective):
             guided &= np.asarray(d) < 1.5 / self.base_steps
         guided = np.flatnonzero(guided)
         clip = lambda array: jnp.clip(array, -self.target_clip, self.target_clip)
-        first = self._guided(apply, params, x, t, d, label, guided)
-        midpoint = clip(interpolant.step(x, first, d))
-        second = self._guided(apply, params, midpoint, t + d, d, label, guided)
-        return clip(0.5 * (first + second))
-
-    def _guided(self, apply, params, x, t, d, label, guided: np.ndarray):
-        """A step's velocity, with classifier-free guidance of the samples `guided`."""
         embedded = time_grid.embedded_step(d, self.base_steps)
-        null = jnp.full_like(label, self.num_classes)
-        append = lambda array, other: jnp.concatenate([array, other[guided]])
-        velocity = apply(
-            params,
-            append(x, x),
-            append(t, t),
-            append(embedded, embedded),
-            jnp.zeros(len(x) + len(guided)),
-            append(label, null),
-        )
-        conditional, unconditional = velocity[: len(x)], velocity[len(x) :]
-        some, w = conditional[guided], jnp.full(len(guided), self.guidance)
-        some = guidance.guided_velocity(some, some, unconditional, w)
-        return conditional.at[guided].set(some)
+        w = jnp.full(len(x), self.guidance)
+
+        def velocity(x, t):
+            return guidance.classifier_free_velocity(
+                apply, params, x, t, embedded, label, w, self.num_classes, guided
+            )
+
+        first = velocity(x, t)
+        second = velocity(clip(interpolant.step(x, first, d)), t + d)
+        return clip(0.5 * (first + second))
 
     def _interpolate(self, batch, t):
         return interpolant.interpolate(batch.noise, batch.data, t) + (

@@ -221,10 +221,7 @@ def apply_padded(apply, multiple: int):
         if not missing:
             return apply(params, *inputs, **options)
 
-        def pad(array):
-            array = jnp.asarray(array)
-            return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
-
+        pad = lambda a: jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
         outputs = apply(params, *map(pad, inputs), **options)
         return jax.tree.map(lambda array: array[:size], outputs)
 

@@ -63,9 +63,11 @@ def upscale(images: np.ndarray, scale: int) -> np.ndarray:
     return images.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
-def write_png(path, array, metadata: Mapping | None = None) -> None:
+def write_png(
+    path, array, metadata: Mapping | None = None, seconds: Sequence[float] | None = None
+) -> None:
     """Writes the file of `png_bytes` atomically; its folder is created."""
-    files.write_bytes(path, png_bytes(array, metadata))
+    files.write_bytes(path, png_bytes(array, metadata, seconds))
 
 
 def png_bytes(

@@ -485,7 +485,7 @@ def test_the_exact_map_is_the_target_of_steps_of_any_size(options, tolerance):
 
 @pytest.mark.parametrize('consistency', ['derivative', 'difference'])
 def test_the_derivative_is_that_of_the_online_network(consistency):
-    """And the velocity is that of the target EMA; no gradient flows into either."""
+    """And the velocity is that of the target EMA."""
     batch = _batch()
     objective = _objective(consistency=consistency, step_draw='ends')
     record = Recorder(objective, batch)
