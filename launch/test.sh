@@ -33,7 +33,7 @@ if [[ " $* " == *" tpu_compile "* ]]; then # libtpu of this JAX: 640 MB.
   jax="$(.venv/bin/python -c 'import jax; print(jax.__version__)')"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$jax"
 fi
-parallel=(--numprocesses=2 --dist=loadfile --durations=20)
+parallel=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20)
 if [ $# -eq 0 ]; then
   set -- "${parallel[@]}"
 elif [ "$1" = --fast ]; then

@@ -89,13 +89,28 @@ LONG = {
     'training/test_writers.py',
     'transport/test_coupling.py',
 }
+# Of two workers, none should begin these when the other has finished.
+LONGEST = (
+    'training/test_resume.py',
+    'test_pod_job.py',
+    'test_rehearsal.py',
+    'training/test_reliability.py',
+    'training/test_train_step.py',
+    'test_notebook.py',
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of `LONG` files."""
-    for item in items:
-        if item.path.relative_to(TESTS).as_posix() in LONG:
+    """Marks the tests of `LONG` files; these run first, beginning with `LONGEST`."""
+
+    def rank(item):
+        name = item.path.relative_to(TESTS).as_posix()
+        if name in LONG:
             item.add_marker(pytest.mark.long)
+        order = [*LONGEST, *sorted(LONG - {*LONGEST})]
+        return order.index(name) if name in order else len(order)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope='session', autouse=True)

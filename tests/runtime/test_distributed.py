@@ -171,6 +171,7 @@ def test_a_killed_run_resumes_with_another_number_of_processes(tmp_path, alone):
     _assert_as_alone(workdir, [two.logs[0].read_text(), output], alone)
 
 
+@pytest.mark.slow  # tests/test_pod_job.py stops and resumes processes, too.
 def test_one_signal_stops_all_and_one_process_resumes(tmp_path, alone):
     workdir = tmp_path / 'run'
     flags = _flags(workdir, {'checkpoint.every': 1000, 'log.grid_every': 2})
@@ -213,7 +214,7 @@ def test_processes_share_the_potentials_that_the_first_learned(tmp_path):
 
 def test_bad_input_is_reported_by_all(tmp_path):
     flags = _flags(tmp_path / 'run', {'train.batch_size': 30})
-    two = Processes(2, flags, tmp_path)
+    two = Processes(2, flags, tmp_path, _by_slurm)
     assert two.wait(120) == [2, 2], two.text()
     for log in two.logs:
         assert 'error: ' in log.read_text() and 'train.batch_size' in log.read_text()
