@@ -210,8 +210,8 @@ def _use_rung(config, rung: str) -> None:
 def use_best(config, *, guidance_max: float) -> None:
     """Makes an iSM config train the best recipe that we have measured.
 
-    The finite difference over steps of any size; the guidance interval as an input; the
-    null label at every d and w; squared error. `docs/results.md` has the figure that
+    The finite difference over steps of any size, with a pseudo-Huber loss; the guidance
+    interval as an input; the null label at every d and w; no wavelet distance. `docs/results.md` has the figure that
     chose each field.
 
     Args:
@@ -222,6 +222,7 @@ def use_best(config, *, guidance_max: float) -> None:
         consistency='difference',
         difference_distance=0.05,
         step_draw='ends',
+        consistency_huber=0.3,
         interval='input',
         null_share=0.1,
         guidance_max=guidance_max,

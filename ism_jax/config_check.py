@@ -118,6 +118,7 @@ OPTION_RULES = {
     'consistency': _one_of('bootstrap', 'derivative', 'difference'),
     'step_draw': _one_of('dyadic', 'ends', 'uniform'),
     'bootstrap_split': _one_of('half', 'random'),
+    'consistency_huber': _at_least(0),
     'difference_distance': ('in (0, 0.5]; 0.005 is usual', lambda v: 0 < v <= 0.5),
     'interval': _one_of('fixed', 'input'),
     'guidance_target': _one_of('unguided', 'guided'),

@@ -16,6 +16,15 @@ def squared_error(error: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     return jnp.mean(jnp.square(error), axis=(1, 2, 3)), {}
 
 
+def pseudo_huber(square: jax.Array, scale: float) -> jax.Array:
+    """Pseudo-Huber loss sqrt(e^2 + c^2) - c of squares e^2, with c the scale.
+
+    It is e^2 / 2c for small errors, and its gradient with respect to e is below 1 (iCT,
+    arXiv 2310.14189).
+    """
+    return jnp.sqrt(square + scale**2) - scale
+
+
 def wavelet_error(
     error: jax.Array, *, wavelet: str, levels: int, weights: Sequence[float]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

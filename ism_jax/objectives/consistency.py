@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from ism_jax.method import interpolant
+from ism_jax.method.loss_distance import pseudo_huber
 from ism_jax.method.loss_terms import term_metrics
 from ism_jax.method.training_batch import Batch
 from ism_jax.objectives.base import BaseObjective, option
@@ -75,7 +76,7 @@ class Objective(BaseObjective):
         values, parts = distance(error)
         dimension = math.prod(error.shape[1:])
         huber = HUBER * math.sqrt(dimension)
-        losses = jnp.sqrt(dimension * values + huber**2) - huber
+        losses = pseudo_huber(dimension * values, huber)
         loss = jnp.mean(losses / (high - low))
         return loss, term_metrics('consistency', loss, parts) | {
             'consistency/error': values.mean(),

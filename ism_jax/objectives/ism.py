@@ -42,6 +42,10 @@ Options beyond the paper:
     near 1. A training step is a small r. But if the target lags, the network nearly
     reaches each target before the target moves. The bootstrap averages two outputs, so
     it amplifies nothing at any r.
+  * `consistency_huber` is the scale c of a pseudo-Huber loss of the consistency term
+    (iCT, arXiv 2310.14189). With e the RMS error of a sample, errors far below c have
+    the loss e^2, as without it, and those far above 2 c e. The target has the network's
+    own noise in it, so a few samples would dominate the gradient.
   * `guidance_target = 'guided'` has the target
     (x1 - x0) + w_t / (1 + w_t) sg( s'(x_t, t, c, 0, w) - s'(x_t, t, null, 0, 0) ).
     Both targets have the fixed point v(c) + w_t (v(c) - v(null)). This one multiplies
@@ -65,6 +69,7 @@ from ism_jax.method import (
     time_grid,
     training_batch,
 )
+from ism_jax.method.loss_distance import pseudo_huber
 from ism_jax.method.loss_terms import loss_terms
 from ism_jax.method.training_batch import Batch, Inputs, apply_together
 from ism_jax.objectives.base import BaseObjective, option
@@ -115,6 +120,10 @@ class Objective(BaseObjective):
     )
     bootstrap_split: Literal['half', 'random'] = option(
         'half', "where the two steps of 'bootstrap' meet: in 'half', or at 'random'"
+    )
+    consistency_huber: float = option(
+        0.0,
+        'c of the loss 2 c (sqrt(e^2 + c^2) - c) of consistency errors e; 0 for e^2',
     )
     interval: Literal['fixed', 'input'] = option(
         'fixed', "guidance acts from guidance_interval on, or between two 'input' times"
@@ -189,6 +198,9 @@ class Objective(BaseObjective):
             for name, inputs in (('guidance', guided), ('consistency', coarse)):
                 if name in errors:
                     errors[name] *= (1 + inputs.w) ** -self.guidance_power
+        if self.consistency_huber and 'consistency' in errors:
+            c = self.consistency_huber
+            errors['consistency'] = 2 * c * pseudo_huber(errors['consistency'], c)
         if self.step_power and 'consistency' in errors:
             errors['consistency'] *= coarse.d**self.step_power
         return sum(weights[name] * errors[name].mean() for name in errors)

@@ -161,6 +161,17 @@ def test_no_gradient_flows_into_targets():
         assert jax.grad(loss)(1.0, 2.0, midpoint) != 0
 
 
+def test_consistency_errors_have_a_pseudo_huber_loss():
+    batch, c = _batch(), 0.5
+    record = Recorder(_objective(loss_weights=(0.0, 0.0, 1.0)), batch)
+    square = np.mean(np.asarray(record.errors[2]) ** 2, axis=(1, 2, 3))
+    assert square.min() < c**2 < square.max()
+    options = dict(loss_weights=(0.0, 0.0, 1.0), consistency_huber=c)
+    huber = Recorder(_objective(**options), batch)
+    expected = 2 * c**2 * (np.sqrt(1 + square / c**2) - 1)
+    np.testing.assert_allclose(huber.loss, expected.mean(), rtol=1e-5)
+
+
 def test_loss_weights_and_split():
     batch = _batch()
     errors = [jnp.mean(e**2) for e in Recorder(_objective(), batch).errors]
