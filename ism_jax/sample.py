@@ -1,7 +1,7 @@
 r"""Draws samples from a trained network.
 
     python -m ism_jax.sample --workdir runs/quickstart --steps 1,2,4,8,128 \
-        --guidance 0,1,2.5 --labels 0-9 --seed 0 --out samples
+        --guidance 0,0.75,1.5 --labels 0-9 --seed 0 --out samples
 
 Writes `grid.png` (steps by guidance), one PNG for each cell, and `samples.npz` with
 `images` [steps, guidance, labels, H, W, C] uint8 and the settings. Every cell starts
@@ -139,9 +139,11 @@ def run_flags() -> None:
         given = command_line.parse_numbers(FLAGS.steps, int)
     objective = run.experiment().objective
     interval = command_line.parse_numbers(FLAGS.interval, float) or None
+    guidance = command_line.parse_numbers(FLAGS.guidance, float)
+    guidance = guidance or run.config.sample.guidance
     cells = dict(
         schedules=[objective.schedule(steps) for steps in given],
-        guidance=command_line.parse_numbers(FLAGS.guidance, float),
+        guidance=guidance,
         labels=parse_labels(FLAGS.labels, len(run.class_names)),
     )
     images = sample_grid(run, **cells, seed=FLAGS.seed, interval=interval)
@@ -158,7 +160,9 @@ if __name__ == '__main__':
     flags.DEFINE_integer('step', None, 'Checkpoint; the latest by default.')
     flags.DEFINE_string('steps', '1,2,4,8,128', 'Numbers of sampling steps.')
     flags.DEFINE_string('schedule', '', 'Step sizes, instead of --steps.')
-    flags.DEFINE_string('guidance', '0,1,2.5', 'Guidance scales w.')
+    flags.DEFINE_string(
+        'guidance', '', "Guidance scales w, as 0,1.5; by default the config's."
+    )
     flags.DEFINE_string(
         'interval', '', 'Start and end time of guidance, as 0.3,1, if it is an input.'
     )
