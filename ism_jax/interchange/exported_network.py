@@ -190,8 +190,8 @@ def with_classes(
 
 def check_start(
     network: ExportedNetwork,
-    own_model: sit.SiT,
-    model: sit.SiT,
+    own_model: conditions.ConditionedNetwork,
+    model: conditions.ConditionedNetwork,
     image_shape: tuple[int, int, int],
     folder,
 ) -> None:
@@ -210,8 +210,13 @@ def check_start(
     Raises:
       ValueError: an attribute of the model or a parameter differs.
     """
-    for name in FUNCTION_FIELDS:
-        value, expected = getattr(model, name), getattr(own_model, name)
+    if type(model) is not type(own_model):
+        raise ValueError(
+            f'the network in {folder} is a {type(own_model).__name__}, and the model a '
+            f'{type(model).__name__}; change model.backbone, or start from another one'
+        )
+    for name in FUNCTION_FIELDS:  # A U-Net has no depth and no mlp_ratio.
+        value, expected = (getattr(m, name, None) for m in (model, own_model))
         if value != expected and name not in network.fresh:
             raise ValueError(
                 f'{name} = {value!r}, but the network in {folder} has {expected!r}; '

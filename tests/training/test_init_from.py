@@ -13,7 +13,7 @@ import pytest
 from ism_jax import config as config_lib
 from ism_jax import convert, train, trained_network
 from ism_jax.interchange import exported_network
-from ism_jax.models import conditions
+from ism_jax.models import conditions, unet
 from ism_jax.runtime import sharding
 from ism_jax.training import train_state
 
@@ -124,6 +124,10 @@ def test_parameters_and_both_emas_start_alike_on_their_shardings(small_sit):
     [
         ({}, 'time_scale = 1000.0, but .* has 1.0; set time_scale = 1.0'),
         ({'model.num_heads': 4}, 'num_heads = 4, but .* has 2'),
+        (
+            {'model.backbone': 'unet'},
+            'is a SiT, and the model a UNet; change model.backb',
+        ),
         ({'train.init_from': 'nowhere'}, 'nowhere holds no exported network'),
     ],
 )
@@ -134,3 +138,24 @@ def test_a_network_that_does_not_fit_is_rejected(small_sit, tmp_path, change, me
     with pytest.raises(ValueError, match=message):
         train.train(_config(**changes), tmp_path / 'run')
     assert [path.name for path in (tmp_path / 'run').iterdir()] == ['lock']
+
+
+def test_a_unet_starts_from_a_unet():
+    options = dict(num_classes=3, hidden_size=8, channel_multipliers=(1, 2))
+    options |= dict(blocks_per_level=1, attention_levels=1, patch_size=2)
+    model = unet.UNet(num_heads=2, **options)
+    shape = (8, 8, 1)
+    network = exported_network.ExportedNetwork(
+        config={},
+        params=conditions.init_params(model, shape, jax.random.key(0)),
+        step=1,
+        class_names=('a', 'b', 'c'),
+        image_shape=shape,
+        origin='',
+    )
+    check = lambda other: exported_network.check_start(
+        network, model, other, shape, 'f'
+    )
+    check(model)
+    with pytest.raises(ValueError, match='num_heads = 1, but the network in f has 2'):
+        check(unet.UNet(num_heads=1, **options))
