@@ -26,7 +26,7 @@ SMALL = (
 MOVE_SLIDERS = """
 steps, guidance, label, seed, output = controls.widget.children
 before = output.outputs
-steps.value, guidance.value, label.value, seed.value = 128, 3.0, '7', 5
+steps.value, guidance.value, label.value, seed.value = 128, 0.5, '7', 5
 """
 REPORT = """
 print(len(before), len(output.outputs), before != output.outputs)
