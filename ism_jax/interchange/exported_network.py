@@ -213,7 +213,7 @@ def check_start(
     if type(model) is not type(own_model):
         raise ValueError(
             f'the network in {folder} is a {type(own_model).__name__}, and the model a '
-            f'{type(model).__name__}; change model.backbone, or start from another one'
+            f'{type(model).__name__}; change the backbone, or start from another one'
         )
     for name in FUNCTION_FIELDS:  # A U-Net has no depth and no mlp_ratio.
         value, expected = (getattr(m, name, None) for m in (model, own_model))

@@ -126,7 +126,7 @@ def test_parameters_and_both_emas_start_alike_on_their_shardings(small_sit):
         ({'model.num_heads': 4}, 'num_heads = 4, but .* has 2'),
         (
             {'model.backbone': 'unet'},
-            'is a SiT, and the model a UNet; change model.backb',
+            'is a SiT, and the model a UNet; change the backb',
         ),
         ({'train.init_from': 'nowhere'}, 'nowhere holds no exported network'),
     ],
