@@ -139,11 +139,10 @@ def run_flags() -> None:
         given = command_line.parse_numbers(FLAGS.steps, int)
     objective = run.experiment().objective
     interval = command_line.parse_numbers(FLAGS.interval, float) or None
-    guidance = command_line.parse_numbers(FLAGS.guidance, float)
-    guidance = guidance or run.config.sample.guidance
     cells = dict(
         schedules=[objective.schedule(steps) for steps in given],
-        guidance=guidance,
+        guidance=command_line.parse_numbers(FLAGS.guidance, float)
+        or run.config.sample.guidance,
         labels=parse_labels(FLAGS.labels, len(run.class_names)),
     )
     images = sample_grid(run, **cells, seed=FLAGS.seed, interval=interval)

@@ -44,8 +44,15 @@ TESTS = Path(__file__).parent
 
 
 # Files that train networks, start processes or compile many programs, which
-# `launch/test.sh --fast` leaves out.
-LONG = {
+# `launch/test.sh --fast` leaves out. They run first and in this order: of two workers,
+# none should begin the longest when the other has finished.
+LONG = (
+    'training/test_resume.py',
+    'test_pod_job.py',
+    'test_rehearsal.py',
+    'training/test_reliability.py',
+    'training/test_train_step.py',
+    'test_notebook.py',
     'interchange/test_autoencoder_weights.py',
     'models/test_in_context.py',
     'models/test_sit.py',
@@ -69,12 +76,9 @@ LONG = {
     'test_evaluate.py',
     'test_generator.py',
     'test_launch.py',
-    'test_notebook.py',
-    'test_pod_job.py',
     'test_prepare_data.py',
     'test_properties.py',
     'test_push.py',
-    'test_rehearsal.py',
     'test_sample.py',
     'test_sharing.py',
     'test_wheel.py',
@@ -83,34 +87,18 @@ LONG = {
     'training/test_init_from.py',
     'training/test_potentials_file.py',
     'training/test_previous_version.py',
-    'training/test_reliability.py',
-    'training/test_resume.py',
-    'training/test_train_step.py',
     'training/test_writers.py',
     'transport/test_coupling.py',
-}
-# Of two workers, none should begin these when the other has finished.
-LONGEST = (
-    'training/test_resume.py',
-    'test_pod_job.py',
-    'test_rehearsal.py',
-    'training/test_reliability.py',
-    'training/test_train_step.py',
-    'test_notebook.py',
 )
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of `LONG` files; these run first, beginning with `LONGEST`."""
-
-    def rank(item):
-        name = item.path.relative_to(TESTS).as_posix()
-        if name in LONG:
+    """Marks the tests of `LONG` files and moves them to the front."""
+    rank = {TESTS / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))
+    for item in items:
+        if item.path in rank:
             item.add_marker(pytest.mark.long)
-        order = [*LONGEST, *sorted(LONG - {*LONGEST})]
-        return order.index(name) if name in order else len(order)
-
-    items.sort(key=rank)
 
 
 @pytest.fixture(scope='session', autouse=True)

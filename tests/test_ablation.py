@@ -1,6 +1,7 @@
 """Recipes, their runs and their scores."""
 
 from concurrent import futures
+import functools
 import json
 import math
 import os
@@ -11,8 +12,10 @@ import sys
 from ladder_records import ladder_records
 import pytest
 
-from ism_jax import ablation
+from ism_jax import ablation, train
 from ism_jax import config as config_lib
+from ism_jax.data import sources
+from ism_jax.evaluation.records import write_records
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / 'configs' / 'ablation.py')
@@ -371,33 +374,38 @@ def test_a_search_continues_after_an_interruption(search, tmp_path, monkeypatch)
     assert (tmp_path / 'search.md').read_text() == table
 
 
-def test_a_search_ranks_its_runs(search, tmp_path, monkeypatch):
-    def run_recipe(folder):
-        config = json.loads((folder / 'config.json').read_text())
-        fd = 4.0 if config['optimizer']['weight_decay'] else 1.0
-        record = {'accuracy': 0.5, 'trained_steps': config['train']['steps']}
-        scores = [record | {'steps': n, 'fd': n * fd} for n in (1, 2)]
-        (folder / 'records.json').write_text(json.dumps(scores))
-        return scores, '', 0.0
+def test_a_search_trains_and_scores(search, tmp_path, workdir, monkeypatch):
+    """In this process and with data read once, because processes start slowly."""
+    load = functools.cache(sources.make_source)
+    monkeypatch.setattr(sources, 'make_source', load)
 
-    monkeypatch.setattr(ablation, 'SampleScorer', lambda *args, **options: None)
+    def run_recipe(folder):
+        config = config_lib.from_json((folder / 'config.json').read_text())
+        train.train(config, folder)
+        records = ablation.score_run(folder, 0.0)
+        write_records(folder / 'records.json', records)
+        return records, '', 0.0
+
     monkeypatch.setattr(ablation, 'run_recipe', run_recipe)
-    best, _ = search([(2, 1), (4, 1)])
-    assert best == 'flow_matching'
+    best, _ = search([(2, 1), (4, 1)], workdir)
     records = json.loads((tmp_path / 'search.json').read_text())
     assert len(records) == 3 * 2  # Runs and numbers of steps.
+    trained = {r['recipe']: r['trained_steps'] for r in records}
+    assert trained == {
+        'flow_matching/train.steps=2': 2,
+        'flow_matching/optimizer.weight_decay=0.1/train.steps=2': 2,
+        f'{best}/train.steps=4': 4,
+    }
     first, second = (tmp_path / 'search.md').read_text().split('## ')[1:]
     assert first.startswith('FLOPs of 2 steps of `flow_matching`')
     rows = [row.strip('| ').split(' | ') for row in first.splitlines()[4:6]]
-    assert [row[0] for row in rows] == [
-        '`flow_matching`',
-        '`flow_matching/optimizer.weight_decay=0.1`',
-    ]
-    # Geometric means over the numbers of steps.
-    scores = [float(row[1]) for row in rows]
-    assert scores == pytest.approx([math.sqrt(2), math.sqrt(32)], rel=1e-2)
-    assert [row[-1] for row in rows] == ['yes', 'no']
-    assert all('1 of 1' in row and '2' in row for row in rows)
+    assert rows[0][0] == f'`{best}`'
+    for candidate, score, *_, seeds, steps, _, kept in rows:
+        name = f'{candidate.strip("`")}/train.steps=2'
+        fds = [r['fd'] for r in records if r['recipe'] == name]
+        assert float(score) == pytest.approx(math.sqrt(math.prod(fds)), rel=1e-2)
+        assert (seeds, steps) == ('1 of 1', '2')
+        assert kept == ('yes' if candidate == f'`{best}`' else 'no')
     assert second.count('| yes |') == 1 and '| 1 of 1 | 4 |' in second
 
 

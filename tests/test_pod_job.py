@@ -7,6 +7,7 @@ and without a warning, and continues with another number of processes.
 
 import contextlib
 import io
+import json
 import os
 from pathlib import Path
 import re
@@ -23,6 +24,7 @@ import pytest
 import sharded_files
 from stand_ins import path_of, stand_in
 
+import ism_jax
 from ism_jax import train, trained_network
 from ism_jax.data import array_source
 from ism_jax.runtime import paths
@@ -155,6 +157,15 @@ class Job:
         return (self.bin / 'calls').read_text().split().count(name)
 
 
+def _command(module, *arguments):
+    done = subprocess.run(
+        [sys.executable, '-m', f'ism_jax.{module}', *arguments],
+        capture_output=True, text=True, cwd=ROOT, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_a_preempted_pod_job_reaches_its_end(folder, data, tmp_path):
     flags = _flags(folder, tmp_path / 'cache')
     job = Job(tmp_path, folder, [2, 1, 2], flags)
@@ -194,3 +205,11 @@ def test_a_preempted_pod_job_reaches_its_end(folder, data, tmp_path):
         jax.tree.map(np.subtract, run.params, straight.params)
     )
     assert difference < 1e-3 * optax.global_norm(straight.params)
+    _command('evaluate', f'--workdir={workdir}', '--steps=1', '--guidance=0',
+             '--samples=20')  # fmt: skip
+    (score,) = json.loads(paths.read_bytes(workdir / 'scores.json'))
+    assert score['trained_steps'] == STEPS and np.isfinite(score['fd'])
+    _command('convert', 'export', f'--workdir={workdir}', f'--out={folder}/export')
+    model = ism_jax.load(f'{folder}/export')
+    assert model.trained_steps == STEPS
+    assert model.sample([0], steps=1).shape == (1, 32, 32, 1)
