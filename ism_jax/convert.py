@@ -58,6 +58,7 @@ environment in which shortcut-models runs:
 """
 
 from pathlib import Path
+import shlex
 import tempfile
 
 from absl import flags
@@ -271,6 +272,14 @@ COMMANDS = {
     **{name: (function, (*f, 'out')) for name, (function, f) in NETWORKS.items()},
     **SHARING,
 }
+# Fields of the model that only the shapes of its parameters depend on.
+SHAPE_FIELDS = (
+    'channel_multipliers',
+    'blocks_per_level',
+    'attention_levels',
+    'interval_input',
+    'velocity_head',
+)
 REQUIRED = ('checkpoint', 'image_size', 'workdir', 'out', 'repo')
 
 
@@ -284,12 +293,19 @@ def run(command: str, source, out, **options) -> None:
     network = function(source, **options)
     write(out, network)
     print(f'wrote {network.origin}, which predicts {network.predicts}, to {out}/')
-    model = network.config['model']
-    fields = [
-        f'--config.model.{name}={model[name]}'
-        for name in exported_network.FUNCTION_FIELDS
-    ]
-    print(f'train from it with --config.train.init_from={out} {" ".join(fields)}')
+    print(f'train from it with {start_flags(network, out)}')
+
+
+def start_flags(network: exported_network.ExportedNetwork, out) -> str:
+    """Flags of `ism_jax.train` for a network like this that starts from `out`."""
+    flags = [f'--config.train.init_from={out}']
+    model = trained_network.exported_model(network)
+    for name in (*exported_network.FUNCTION_FIELDS, *SHAPE_FIELDS):
+        if hasattr(model, name):
+            value = str(getattr(model, name)).replace(' ', '')
+            flags.append(f'--config.model.{name}={value}')
+    flags.append(f'--config.model.backbone={network.config["model"]["backbone"]}')
+    return shlex.join(flags)
 
 
 def run_command(command: str) -> None:

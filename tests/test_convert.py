@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import pickle
+import shlex
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import numpy as np
 from official_tensors import BASE_STEPS, CHANNELS, DIT, HEADS, SHORTCUT, SIDE, SIT, save
 import pytest
 
+from ism_jax import config as config_lib
 from ism_jax import convert, sample, trained_network
 from ism_jax.interchange import (
     exported_network,
@@ -56,6 +58,22 @@ def test_each_command_writes_what_its_module_converts(
     scale = converted.model['time_scale']
     assert network.config['model']['time_scale'] == scale
     assert f'init_from={out} --config.model.time_scale={scale} ' in shown
+    assert 'model.backbone=sit' in shown and 'channel_multipliers' not in shown
+
+
+def test_the_flags_to_train_from_a_unet_describe_it():
+    config = config_lib.default()
+    config.model.update(backbone='unet', channel_multipliers=(1, 2), hidden_size=16)
+    network = exported_network.ExportedNetwork(
+        config=config_lib.to_dict(config), params={}, step=0, class_names=('a',),
+        image_shape=(8, 8, 1), origin='',
+    )  # fmt: skip
+    flags = shlex.split(convert.start_flags(network, 'nets/a b'))
+    fields = dict(flag.removeprefix('--config.').split('=') for flag in flags)
+    assert fields['train.init_from'] == 'nets/a b'
+    assert fields['model.backbone'] == 'unet'
+    assert fields['model.channel_multipliers'] == '(1,2)'
+    assert fields['model.hidden_size'] == '16' and 'model.depth' not in fields
 
 
 def test_a_converted_shortcut_model_is_sampled(tmp_path):
