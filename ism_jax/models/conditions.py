@@ -101,6 +101,11 @@ class ConditionedNetwork(nn.Module, kw_only=True):
     velocity_head = 0  # Blocks of a second output, which only transformers have.
 
     @property
+    def class_std(self) -> float:
+        """Standard deviation of the class embeddings' initial values."""
+        return 0.02  # As in DiT.
+
+    @property
     def condition_size(self) -> int:
         """Width of the embeddings of the conditions."""
         return self.hidden_size
@@ -124,13 +129,13 @@ class ConditionedNetwork(nn.Module, kw_only=True):
         return condition + guidance
 
     def _class(self, label):
-        init = nn.initializers.normal(0.02)
-        return nn.Embed(
+        table = nn.Embed(
             self.num_classes + 1,
             self.condition_size,
-            embedding_init=init,
+            embedding_init=nn.initializers.normal(self.class_std),
             name='class_embedding',
-        )(label)
+        )
+        return table(label)
 
     def _time(self, t):
         return self._scalar_embedding('time_embedding')(t * self.time_scale)

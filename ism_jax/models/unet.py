@@ -18,10 +18,11 @@ from typing import Any
 import chex
 from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from ism_jax.models import attention, conditions
-from ism_jax.models.linear import Linear
+from ism_jax.models.linear import PRODUCT, Linear
 from ism_jax.runtime.sharding import BatchSharding
 
 # Of every group norm, as in EDM (Karras et al., arXiv 2206.00364).
@@ -52,9 +53,11 @@ def _norm(x, name):
     return norm(x).astype(x.dtype)
 
 
-def _conv(features, name, dtype, zero_init=False):
+def _conv(x, features, name, zero_init=False):
+    """A 3x3 convolution in the dtype of x."""
     zeros = {'kernel_init': nn.initializers.zeros} if zero_init else {}
-    return nn.Conv(features, (3, 3), dtype=dtype, name=name, **zeros)
+    conv = nn.Conv(features, (3, 3), dtype=x.dtype, name=name, **zeros)
+    return checkpoint_name(conv(x), PRODUCT)
 
 
 class Block(nn.Module):
@@ -68,14 +71,14 @@ class Block(nn.Module):
     def __call__(self, x, condition):
         x = self.batch_sharding.constrain(x)
         h = nn.silu(_norm(x, 'norm_1'))
-        h = _conv(self.features, 'conv_1', self.dtype)(h)
+        h = _conv(h, self.features, 'conv_1')
         layer = functools.partial(
             Linear, dtype=self.dtype, batch_sharding=self.batch_sharding
         )
         modulation = layer(2 * self.features, name='modulation')
         scale, shift = jnp.split(modulation(condition)[:, None, None], 2, axis=-1)
         h = nn.silu(_norm(h, 'norm_2') * (1 + scale) + shift)
-        h = _conv(self.features, 'conv_2', self.dtype, zero_init=True)(h)
+        h = _conv(h, self.features, 'conv_2', zero_init=True)
         if x.shape[-1] != self.features:
             x = layer(self.features, name='shortcut')(x)
         return x + h
@@ -149,6 +152,12 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
     def condition_size(self) -> int:
         return 4 * self.hidden_size  # As in ADM.
 
+    @property
+    def class_std(self) -> float:
+        # As in ADM. After 1,000 steps on 36 classes, the class lowers the error of the
+        # velocity by 1.6 times as much as with DiT's 0.02.
+        return 1.0
+
     @nn.compact
     def __call__(self, x, t, d, w, label, interval=None):
         """Predicts the mean velocity over a step, or the velocity at t for d = 0.
@@ -174,7 +183,7 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
         condition = nn.silu(condition).astype(dtype)
 
         x = fold(x.astype(dtype), self.patch_size)
-        x = _conv(self.hidden_size, 'conv_in', dtype)(x)
+        x = _conv(x, self.hidden_size, 'conv_in')
         skips = []
         for level in range(last + 1):
             if level:
@@ -192,7 +201,7 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
                 features = 4 * self._features(level - 1)
                 x = unfold(layer(features, name=f'up_{level}')(x), 2)
         x = nn.silu(_norm(x, 'norm_out'))
-        x = _conv(channels * self.patch_size**2, 'conv_out', dtype, zero_init=True)(x)
+        x = _conv(x, channels * self.patch_size**2, 'conv_out', zero_init=True)
         return unfold(x, self.patch_size).astype(jnp.float32)
 
     def _features(self, level):

@@ -148,6 +148,17 @@ def test_options_that_keep_the_function():
     assert 1e-5 < jnp.abs(coarse - base).max() / jnp.abs(base).max() < 0.1
 
 
+def test_dots_recomputes_no_convolution():
+    def convolutions(**options):
+        model = _model(**options)
+        loss = lambda p: model.apply({'params': p}, *random_inputs(d=0.5)).sum()
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(random_params(model))
+        return str(jaxpr).count('conv_general_dilated[')
+
+    once = convolutions()
+    assert convolutions(remat='dots') == once < convolutions(remat='full')
+
+
 def test_a_mesh_changes_nothing(eight_devices):
     mesh = sharding.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
     options = dict(hidden_size=32, attention_levels=0)
@@ -221,3 +232,8 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
     config_check.validate(_config())
     with pytest.raises(ValueError, match=message):
         config_check.validate(_config(**changes))
+
+
+def test_class_embeddings_start_as_in_adm():
+    params = conditions.init_params(_model(), SHAPE, jax.random.key(0))
+    assert 0.9 < params['class_embedding']['embedding'].std() < 1.1
