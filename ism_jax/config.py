@@ -211,8 +211,8 @@ def use_best(config, *, guidance_max: float) -> None:
     """Makes an iSM config train the best recipe that we have measured.
 
     The finite difference over steps of any size, with a pseudo-Huber loss; the guidance
-    interval as an input; the null label at every d and w; no wavelet distance. `docs/results.md` has the figure that
-    chose each field.
+    interval as an input; the null label at every d and w; no wavelet distance.
+    `docs/results.md` has the figure that chose each field.
 
     Args:
       config: changed in place.
@@ -300,6 +300,27 @@ def use_small_ladder(config, *, learning_rate: float) -> None:
     )
     # ism_jax.ablation scores the runs.
     config.scores.update(enabled=False, samples=5000)
+
+
+def use_small_unet(config, *, steps: int) -> None:
+    """Trains the best recipe with a U-Net that is small enough for two CPU cores."""
+    use_best(config, guidance_max=1.5)
+    config.objective.guidance_interval = 0.0  # The default of samples.
+    config.model.update(
+        backbone='unet',
+        hidden_size=32,
+        patch_size=2,
+        channel_multipliers=(1, 2),
+        num_heads=2,
+    )
+    config.train.update(batch_size=32, steps=steps)
+    config.optimizer.update(
+        learning_rate=3e-3, schedule='cosine', warmup_steps=100, clip_norm=1.0
+    )
+    config.log.update(every=100, grid_every=1000)
+    config.checkpoint.every = 1000
+    config.sample.update(steps=(1, 2, 4, 8), guidance=(0.0, 1.0, 1.5), batch_size=250)
+    config.scores.samples = 1000
 
 
 def use_imagenet_latents(config, image_size: int) -> None:

@@ -90,6 +90,16 @@ def test_sizes_of_the_network_are_arguments():
     config_check.validate(small)
 
 
+@pytest.mark.parametrize('argument, side, width, patch', [
+    ('64', 64, 32, 4), ('large', 32, 128, 1), ('64,large', 64, 128, 2),
+])  # fmt: skip
+def test_glyphs_have_two_sizes_of_images_and_of_networks(argument, side, width, patch):
+    config, _ = _get_config(ROOT / 'configs' / 'glyphs.py', argument)
+    config_check.validate(config)
+    assert config.data.image_size == side
+    assert (config.model.hidden_size, config.model.patch_size) == (width, patch)
+
+
 @pytest.mark.parametrize('name', objectives.names())
 def test_every_method_is_an_argument_of_a_config(name):
     path = ROOT / 'configs' / 'fashion_mnist.py'

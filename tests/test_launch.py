@@ -312,25 +312,31 @@ def test_install_shows_progress(tmp_path, code):
     assert '--disable-pip-version-check --root-user-action=ignore' in arguments
 
 
-def test_glyphs_are_drawn_from_fonts(tmp_path):
-    """From the fonts of matplotlib, of which some have symbols only."""
-    fonts = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
+def test_glyphs_are_drawn_from_the_fonts_of_matplotlib(tmp_path):
+    """Of which some have symbols only."""
     for name in ('first', 'second'):
-        options = (f'--fonts={fonts}', f'--out={tmp_path / name}', '--size=16')
+        options = (f'--out={tmp_path / name}', '--size=16', '--variants=2')
         command = [sys.executable, LAUNCH / 'draw_glyphs.py', *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-    usable = int(re.search(r'from (\d+) fonts', done.stdout)[1])
-    assert 10 < usable < len(list(fonts.glob('*.ttf')))
+    faces = int(re.search(r'from (\d+) faces', done.stdout)[1])
+    fonts = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
+    assert 10 < faces < len(list(fonts.glob('*.ttf')))
     source, again = (
         sources.make_source(f'folder:{tmp_path / name}', image_size=16, channels=3)
         for name in ('first', 'second')
     )
     assert source.class_names == tuple(string.digits + string.ascii_uppercase)
-    assert len(source) == 2 * 36 * usable
+    assert len(source) == 2 * 36 * faces
     for index in (0, 500, len(source) - 1):
         image = source[index]['image']
         np.testing.assert_array_equal(image, again[index]['image'])
         assert image.std((0, 1)).min() > 1  # Structure in every colour channel.
-    # The two colourings of a glyph differ.
+    # The two variants of a glyph differ.
     assert (source[0]['image'] != source[1]['image']).any()
+
+
+def test_glyphs_need_fonts(tmp_path):
+    command = [sys.executable, LAUNCH / 'draw_glyphs.py', f'--fonts={tmp_path}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and f'--fonts {tmp_path} has no .ttf' in done.stderr
