@@ -19,7 +19,8 @@ NOTEBOOK = ROOT / 'launch' / 'colab.ipynb'
 MAX_BYTES = 2 * 2**20
 # Appended to the cells tagged as parameters, in order.
 SMALL = (
-    "VARIANT, STEPS, RUNS, SAMPLES = 'runlocal', 12, {folder!r}, 32",
+    "VARIANT, SIZE, STEPS, SAMPLES, COPIES = 'runlocal', 32, 12, 32, 6\n"
+    'RUNS = {folder!r}',
     'FINE_TUNE_STEPS = 5',
 )
 # What a user does next: move the sliders, and wait for new samples.
