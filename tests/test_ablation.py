@@ -231,7 +231,7 @@ import importlib.util
 spec = importlib.util.spec_from_file_location('ablation', {CONFIG!r})
 full = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(full)
-RECIPES = ('sm', 'ism')
+RECIPES = ('sm', 'flow_matching')
 RUNGS, SYSTEMS = RECIPES, {{}}
 
 
@@ -266,7 +266,7 @@ def test_finished_runs_are_kept_and_failures_are_reported(tmp_path, workdir):
             log=lines.append,
         )
 
-    diverges = 'ism/optimizer.learning_rate=1e38'
+    diverges = 'flow_matching/optimizer.learning_rate=1e38'
     failures = run_all([diverges, 'sm'])
     assert list(failures) == [f'{diverges}, seed 0']
     assert 'not finite' in failures[f'{diverges}, seed 0']

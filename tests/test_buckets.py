@@ -1,4 +1,8 @@
-"""A run in a bucket: killed, resumed, damaged, refused, evaluated, exported, loaded."""
+"""A run in a bucket: killed, resumed, damaged, refused, evaluated, exported, loaded.
+
+Flow matching compiles in a third of the time of iSM, whose resumption on disk is tested
+in `training/test_resume.py`.
+"""
 
 import json
 import os
@@ -55,7 +59,7 @@ def _run(module, *arguments):
 
 
 def _config(**changes):
-    config = config_lib.with_argument(config_lib.default(), 'runlocal')
+    config = config_lib.with_argument(config_lib.default(), 'flow_matching,runlocal')
     config.scores.enabled = False
     config.log.update(grid_every=0, every=1, parameters=False)
     config.train.steps = 6
@@ -94,7 +98,7 @@ def copy(trained, folder):
 
 def test_a_killed_run_resumes_bit_for_bit(folder, tmp_path):
     flags = (
-        '--config=configs/fashion_mnist.py:runlocal',
+        '--config=configs/fashion_mnist.py:flow_matching,runlocal',
         '--config.scores.enabled=False',
         '--config.checkpoint.every=2',
         '--config.log.every=1',

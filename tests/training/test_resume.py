@@ -26,9 +26,9 @@ from ism_jax.training.progress import Progress
 ROOT = Path(__file__).parents[2]
 
 
-def _config(**changes):
+def _config(method='ism', **changes):
     config = config_lib.default()
-    config_lib.with_argument(config, 'runlocal')
+    config_lib.with_argument(config, f'{method},runlocal')
     config.scores.enabled = False
     config.log.grid_every = 0
     config.train.steps = 12
@@ -272,8 +272,9 @@ def test_skipped_images_are_counted_and_named(tmp_path, capsys):
     broken.write_bytes(broken.read_bytes()[:60])
     changes = {'data.source': f'folder:{tmp_path}/images', 'train.steps': 5}
     with pytest.raises(ValueError, match=r"7\.png.*data.on_corrupt = 'skip'"):
-        train.train(_config(**changes), tmp_path / 'stopped')
-    train.train(_config(**changes | {'data.on_corrupt': 'skip'}), tmp_path / 'run')
+        train.train(_config('flow_matching', **changes), tmp_path / 'stopped')
+    changes['data.on_corrupt'] = 'skip'
+    train.train(_config('flow_matching', **changes), tmp_path / 'run')
     shown = capsys.readouterr().out
     (line,) = [line for line in shown.splitlines() if line.startswith('skipped: ')]
     assert str(broken) in line and 'on_corrupt' not in line
