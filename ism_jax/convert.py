@@ -272,7 +272,7 @@ COMMANDS = {
     **{name: (function, (*f, 'out')) for name, (function, f) in NETWORKS.items()},
     **SHARING,
 }
-# Fields of the model that only the shapes of its parameters depend on.
+# Other fields of the model, which decide what parameters it has.
 SHAPE_FIELDS = (
     'channel_multipliers',
     'blocks_per_level',

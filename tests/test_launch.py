@@ -314,13 +314,15 @@ def test_install_shows_progress(tmp_path, code):
 
 def test_glyphs_are_drawn_from_the_fonts_of_matplotlib(tmp_path):
     """Of which some have symbols only."""
+    fonts = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
     for name in ('first', 'second'):
         options = (f'--out={tmp_path / name}', '--size=16', '--variants=2')
+        if name == 'second':
+            options += (f'--fonts={fonts}',)  # Where those of the default are.
         command = [sys.executable, LAUNCH / 'draw_glyphs.py', *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
     faces = int(re.search(r'from (\d+) faces', done.stdout)[1])
-    fonts = Path(matplotlib.get_data_path()) / 'fonts' / 'ttf'
     assert 10 < faces < len(list(fonts.glob('*.ttf')))
     source, again = (
         sources.make_source(f'folder:{tmp_path / name}', image_size=16, channels=3)

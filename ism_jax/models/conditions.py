@@ -99,11 +99,7 @@ class ConditionedNetwork(nn.Module, kw_only=True):
     interval_input: bool = False
     batch_sharding: BatchSharding = BatchSharding()
     velocity_head = 0  # Blocks of a second output, which only transformers have.
-
-    @property
-    def class_std(self) -> float:
-        """Standard deviation of the class embeddings' initial values."""
-        return 0.02  # As in DiT.
+    class_std = 0.02  # Of the class embeddings' initial values, as in DiT.
 
     @property
     def condition_size(self) -> int:

@@ -134,6 +134,9 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
     attention_levels: int
     num_heads: int
     patch_size: int
+    # As in ADM. After 1,000 steps on 36 classes, the class lowers the error of the
+    # velocity by 1.6 times as much as with DiT's 0.02.
+    class_std = 1.0
 
     def sizes(self) -> str:
         """The sizes of the network, in words."""
@@ -151,12 +154,6 @@ class UNet(conditions.ConditionedNetwork, kw_only=True):
     @property
     def condition_size(self) -> int:
         return 4 * self.hidden_size  # As in ADM.
-
-    @property
-    def class_std(self) -> float:
-        # As in ADM. After 1,000 steps on 36 classes, the class lowers the error of the
-        # velocity by 1.6 times as much as with DiT's 0.02.
-        return 1.0
 
     @nn.compact
     def __call__(self, x, t, d, w, label, interval=None):
