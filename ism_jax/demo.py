@@ -12,6 +12,7 @@ bounded, and so are the images and steps of a request.
 """
 
 from collections.abc import Callable
+from concurrent import futures
 import dataclasses
 import html
 import ipaddress
@@ -150,15 +151,16 @@ class Studio:
         settings = self._settings(**conditions) | {'steps': self.compared_steps}
         options = _sampling(settings) | {'seed': settings['seed']}
         label = self._label(conditions['label'], 0)
-        return self._picture(
-            lambda: np.concatenate(
-                [
-                    self.model.sample(label, steps=number, **options)
-                    for number in self.compared_steps
-                ]
-            ),
-            settings,
-        )
+
+        def sample(number):
+            return self.model.sample(label, steps=number, **options)
+
+        def make():
+            # One image does not occupy all cores.
+            with futures.ThreadPoolExecutor() as pool:
+                return np.concatenate(list(pool.map(sample, self.compared_steps)))
+
+        return self._picture(make, settings)
 
     def path(self, *, steps, **conditions) -> Picture:
         """One sampling path from noise to image, as an animation."""

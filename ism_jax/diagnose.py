@@ -47,10 +47,12 @@ def load_subject(workdir, step: int | None, samples: int) -> tuple[Subject, int]
     objective = parts.objective
     apply = objective.at_interval(parts.apply, objective.default_interval)
     noise, data, label, pool_size = _pairs(network.config, samples, workdir)
+    # Equal batches, because the sampler pads the last one.
+    batches = math.ceil(samples / network.config.sample.batch_size)
     subject = Subject(
         method=network.config.objective.name,
         objective=objective,
-        sampler=parts.make_sampler(min(network.config.sample.batch_size, samples)),
+        sampler=parts.make_sampler(math.ceil(samples / batches)),
         parameter_sets=trained_network.load_parameter_sets(workdir, network),
         apply=jax.jit(
             lambda params, *inputs: objective.velocity(apply, params, *inputs)

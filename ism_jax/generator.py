@@ -85,8 +85,8 @@ class Generator:
         """One image for each label.
 
         Image i starts from noise i of the seed, for any steps, guidance scale and
-        number of images. A call compiles if the number of steps, or the number of
-        images rounded up to a power of two, is new.
+        number of images. A call compiles if the number of images, rounded up to a
+        power of two, is new.
 
         Args:
           labels: indices or names of classes; None for the null label. A single label

@@ -8,11 +8,12 @@ Shortcut models are trained on a dyadic grid: step sizes are powers of two, 1, 1
 Methods that train every t and d can sample with any step sizes that sum to 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Largest difference from 1 of a sum of step sizes, as users write them.
@@ -117,6 +118,23 @@ def times_and_sizes(schedule: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     d = np.asarray(schedule, np.float32)
     t = np.concatenate([[0.0], np.cumsum(schedule)[:-1]]).astype(np.float32)
     return t, d
+
+
+def take_steps(step: Callable, state, times, sizes):
+    """The state after `step(state, (t, d))` at each step up to the first of size 0.
+
+    Schedules that are padded with zeros to one length share one compiled program. If
+    `sizes` is a NumPy array, the number of steps is part of the program.
+
+    Args:
+      step: (state, (t, d)) -> state; t and d are scalars.
+      state: a tree of arrays.
+      times, sizes: see `times_and_sizes`, [N].
+    """
+    times, steps = jnp.asarray(times), jnp.asarray(sizes)
+    return jax.lax.fori_loop(
+        0, (sizes > 0).sum(), lambda i, state: step(state, (times[i], steps[i])), state
+    )
 
 
 def embedded_step(d, base_steps: int):

@@ -83,7 +83,7 @@ class BaseObjective(abc.ABC):
           noise: x0, [B, H, W, C], standard normal.
           label, w: [B].
           times: start times of the steps, [N], see `time_grid.times_and_sizes`.
-          steps: step sizes, [N].
+          steps: step sizes, [N]; those after the first of size 0 are not taken.
           key: random key, for samplers that add noise between steps.
 
         Returns:
@@ -94,9 +94,9 @@ class BaseObjective(abc.ABC):
         def body(x, step):
             t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
             velocity = self.velocity(apply, params, x, t, d, w, label)
-            return interpolant.step(x, velocity, d), None
+            return interpolant.step(x, velocity, d)
 
-        return jax.lax.scan(body, noise, (times, steps))[0]
+        return time_grid.take_steps(body, noise, times, steps)
 
     def restart(self, jump, x, label, times, steps, key) -> jax.Array:
         """Data from x_t, by a jump to the data in each step and fresh noise after it.
@@ -113,9 +113,9 @@ class BaseObjective(abc.ABC):
             t, d = (jnp.full(label.shape, value) for value in self.clip_step(*step))
             data = jump(x, t)
             fresh = jax.random.normal(key_noise, x.shape)
-            return (interpolant.interpolate(fresh, data, t + d), key), None
+            return interpolant.interpolate(fresh, data, t + d), key
 
-        return jax.lax.scan(body, (x, key), (times, steps))[0][0]
+        return time_grid.take_steps(body, (x, key), times, steps)[0]
 
     def at_interval(self, apply, interval):
         """The network at a guidance interval, as a function of its other inputs.

@@ -6,6 +6,7 @@ scale w (iSM, arXiv 2510.21250, algorithm 2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from ism_jax.runtime import distributed
 
 # Folded into the key for the noise between steps; no sample has this index.
 STEP_NOISE = 2**31 - 1
+# Schedules are padded to a multiple of this, so that one program takes them all.
+PADDED_STEPS = 128
 
 
 class Sampler:
@@ -63,12 +66,14 @@ class Sampler:
             network = objective.at_interval(apply, interval)
             return objective.sample(network, params, noise, label, w, times, steps, key)
 
-        def sample(params, key, indices, *conditions_and_schedule):
+        def sample(params, key, indices, label, w, interval, times, sizes):
             noise = random_streams.sample_noise(key, indices, image_shape)
             step_key = jax.random.fold_in(
                 jax.random.fold_in(key, STEP_NOISE), indices[0]
             )
-            return sample_from(params, noise, *conditions_and_schedule, step_key)
+            return sample_from(
+                params, noise, label, w, interval, times, sizes, step_key
+            )
 
         self._sample = jax.jit(sample)
         self._sample_from = jax.jit(sample_from)
@@ -179,6 +184,8 @@ class Sampler:
           ValueError: the network was not trained for the schedule.
         """
         times, sizes = time_grid.times_and_sizes(self.schedule(schedule))
+        padding = 0, -len(times) % PADDED_STEPS
+        times, sizes = np.pad(times, padding), np.pad(sizes, padding)
         labels = np.asarray(labels, np.int32)
         interval = np.asarray(interval or self._interval, np.float32)
         batch_size = batch_size or self.batch_size
@@ -207,7 +214,9 @@ class Sampler:
         key = jax.eval_shape(lambda: jax.random.key(0))
         inputs = batch(jnp.int32), batch(jnp.int32), batch(jnp.float32)
         interval = np.asarray(self._interval, np.float32)
-        return self._sample.lower(params, key, *inputs, interval, times, sizes)
+        # With a constant schedule, so that the program's cost is known.
+        sample = functools.partial(self._sample, times=times, sizes=sizes)
+        return jax.jit(sample).lower(params, key, *inputs, interval)
 
 
 def batch_sharding(params, batch_size: int) -> tuple[NamedSharding | None, int]:

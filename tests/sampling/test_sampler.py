@@ -8,7 +8,7 @@ import pytest
 
 from ism_jax.method import random_streams, time_grid
 from ism_jax.objectives import ism
-from ism_jax.runtime import sharding
+from ism_jax.runtime import compiled_program, sharding
 from ism_jax.sampling.sampler import Sampler, batch_sharding
 
 SHAPE = (2, 2, 1)
@@ -93,7 +93,7 @@ def test_noise_belongs_to_the_sample_not_to_the_batch():
     assert (small != _run(_sampler(apply), params=0.5, key=1)[0]).all()
 
 
-def test_one_compilation_per_number_of_steps():
+def test_one_compilation_for_all_schedules_and_guidance_scales():
     traces = []
 
     def apply(params, x, t, d, w, label):
@@ -101,10 +101,24 @@ def test_one_compilation_per_number_of_steps():
         return params + 0 * x
 
     sampler = _sampler(apply)
-    for steps, guidance in ((4, 0.0), (4, 2.0), (8, 0.0)):
+    for steps, guidance in ((4, 0.0), (4, 2.0), (8, 0.0), (1, 0.0), (128, 0.0)):
         _run(sampler, steps=steps, guidance=guidance)
         _run(sampler, steps=steps, labels=range(9))
-    assert len(traces) <= 2 * 2  # A scan's body may be traced twice.
+    assert len(traces) <= 2  # A loop's body may be traced twice.
+
+
+def test_the_cost_of_a_lowered_schedule_is_known():
+    params, sampler = jnp.ones((4, 4)), _sampler(_matrix_field)
+    programs = [
+        compiled_program.read(sampler.lower(params, steps).compile())
+        for steps in (1, 8)
+    ]
+    assert [program.unknown_loops for program in programs] == [0, 0]
+    assert programs[1].flops == 8 * programs[0].flops > 0
+
+
+def _matrix_field(params, x, t, d, w, label):
+    return (x.reshape(4, 4) @ params).reshape(x.shape)
 
 
 def _label_field(params, x, t, d, w, label):
