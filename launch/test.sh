@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs the tests, two files at a time:
+# Sets up the environment and runs the tests, three files at a time, because some wait:
 #
 #   bash launch/test.sh                                # all, without slow tests
 #   bash launch/test.sh --fast                         # without files that train networks
@@ -33,7 +33,7 @@ if [[ " $* " == *" tpu_compile "* ]]; then # libtpu of this JAX: 640 MB.
   jax="$(.venv/bin/python -c 'import jax; print(jax.__version__)')"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$jax"
 fi
-parallel=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20)
+parallel=(--numprocesses=3 --dist=loadfile --no-loadscope-reorder --durations=20)
 if [ $# -eq 0 ]; then
   set -- "${parallel[@]}"
 elif [ "$1" = --fast ]; then

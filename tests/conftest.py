@@ -44,15 +44,15 @@ TESTS = Path(__file__).parent
 
 
 # Files that train networks, start processes or compile many programs, which
-# `launch/test.sh --fast` leaves out. They run first and in this order: of two workers,
-# none should begin the longest when the other has finished.
+# `launch/test.sh --fast` leaves out. They run first and in this order: no
+# worker should begin the longest when the others have finished.
 LONG = (
     'training/test_resume.py',
     'test_pod_job.py',
+    'test_notebook.py',
     'test_rehearsal.py',
     'training/test_reliability.py',
     'training/test_train_step.py',
-    'test_notebook.py',
     'interchange/test_autoencoder_weights.py',
     'models/test_in_context.py',
     'models/test_sit.py',
