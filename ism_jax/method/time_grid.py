@@ -131,9 +131,10 @@ def take_steps(step: Callable, state, times, sizes):
       state: a tree of arrays.
       times, sizes: see `times_and_sizes`, [N].
     """
-    times, steps = jnp.asarray(times), jnp.asarray(sizes)
+    count = (sizes > 0).sum()
+    times, sizes = jnp.asarray(times), jnp.asarray(sizes)
     return jax.lax.fori_loop(
-        0, (sizes > 0).sum(), lambda i, state: step(state, (times[i], steps[i])), state
+        0, count, lambda i, state: step(state, (times[i], sizes[i])), state
     )
 
 
