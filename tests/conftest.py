@@ -44,8 +44,8 @@ TESTS = Path(__file__).parent
 
 
 # Files that train networks, start processes or compile many programs, which
-# `launch/test.sh --fast` leaves out. They run first and in this order: no
-# worker should begin the longest when the others have finished.
+# `launch/test.sh --fast` leaves out. They run first and in this order: no worker
+# should begin the longest when the others have finished.
 LONG = (
     'training/test_resume.py',
     'test_pod_job.py',

@@ -6,7 +6,6 @@ scale w (iSM, arXiv 2510.21250, algorithm 2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +65,12 @@ class Sampler:
             network = objective.at_interval(apply, interval)
             return objective.sample(network, params, noise, label, w, times, steps, key)
 
-        def sample(params, key, indices, label, w, interval, times, sizes):
+        def sample(params, key, indices, *conditions_and_schedule):
             noise = random_streams.sample_noise(key, indices, image_shape)
             step_key = jax.random.fold_in(
                 jax.random.fold_in(key, STEP_NOISE), indices[0]
             )
-            return sample_from(
-                params, noise, label, w, interval, times, sizes, step_key
-            )
+            return sample_from(params, noise, *conditions_and_schedule, step_key)
 
         self._sample = jax.jit(sample)
         self._sample_from = jax.jit(sample_from)
@@ -215,8 +212,8 @@ class Sampler:
         inputs = batch(jnp.int32), batch(jnp.int32), batch(jnp.float32)
         interval = np.asarray(self._interval, np.float32)
         # With a constant schedule, so that the program's cost is known.
-        sample = functools.partial(self._sample, times=times, sizes=sizes)
-        return jax.jit(sample).lower(params, key, *inputs, interval)
+        sample = jax.jit(lambda *inputs: self._sample(*inputs, times, sizes))
+        return sample.lower(params, key, *inputs, interval)
 
 
 def batch_sharding(params, batch_size: int) -> tuple[NamedSharding | None, int]:
