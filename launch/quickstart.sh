@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment and trains the demonstration: about 13 minutes on two cores.
+# Sets up the environment and trains the demonstration: 10 to 14 minutes on two cores.
 # Takes flags of ism_jax.train, such as --config.train.steps=500 or --workdir=runs/other.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
