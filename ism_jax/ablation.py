@@ -328,7 +328,11 @@ def score_run(folder: Path, train_minutes: float) -> list[dict]:
         'score_minutes': (time.time() - started) / 60,
         **provenance.environment(),
     }
-    return [record | about for record in records]
+    calls = experiment.objective.network_calls
+    return [
+        record | {'network_calls': calls(record['steps'], record['guidance'])} | about
+        for record in records
+    ]
 
 
 def score(

@@ -8,6 +8,7 @@ def ladder_records():
             'seed': seed,
             'steps': steps,
             'guidance': 0.0,
+            'network_calls': steps,
             'fd': base + seed + steps,
             'accuracy': 0.5,
             'trained_steps': 500,

@@ -287,6 +287,7 @@ def test_finished_runs_are_kept_and_failures_are_reported(tmp_path, workdir):
     assert records[0]['guidance'] == 0.5  # Part of SM's training.
     assert records[0]['trained_steps'] == 20 and records[0]['train_minutes'] > 0
     assert records[0]['step_gflop'] > 0
+    assert [record['network_calls'] for record in records] == [1, 2]
 
     # Finished runs do not run again, and their records stay.
     before = (workdir / 'sm_seed0' / 'log.txt').stat().st_mtime

@@ -1,8 +1,9 @@
 """The table and the figure of an ablation, from its records.
 
 A record has the scores of one run at one number of sampling steps: a dict with
-`recipe`, `seed`, `steps`, `fd`, `accuracy`, `trained_steps` and `step_gflop`, the GFLOP
-of a training step, which records of earlier versions do not have.
+`recipe`, `seed`, `steps`, `network_calls`, `fd`, `accuracy`, `trained_steps` and
+`step_gflop`, the GFLOP of a training step. Records of earlier versions have neither the
+network calls per sample nor the GFLOP.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float, int]:
 def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
     """A Markdown table with a row per recipe and a column per number of steps.
 
-    The last column has the FLOPs of the training.
+    The last columns have the network calls in one step, of which classifier-free
+    guidance takes two, and the FLOPs of the training.
 
     Args:
       records: records of the ablation.
@@ -51,8 +53,11 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
     """
     distance, accuracy = (summarize(records, field) for field in ('fd', 'accuracy'))
     steps = sorted({record['steps'] for record in records})
-    tflop = {}
+    tflop, calls = {}, {}
     for record in records:
+        if record['steps'] == steps[0]:
+            per_step = record.get('network_calls', math.nan) / record['steps']
+            calls.setdefault(record['recipe'], []).append(per_step)
         of_recipe = tflop.setdefault(record['recipe'], {})
         of_recipe[record['seed']] = (
             record['trained_steps'] * record.get('step_gflop', math.nan) / 1000
@@ -64,14 +69,16 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
         share = accuracy[recipe, number][0]
         return f'{format_mean(*distance[recipe, number][:2])} ({share:.0%})'
 
-    header = ['recipe', *map(image_grid.step_count, steps), 'seeds', 'TFLOP']
+    header = ['recipe', *map(image_grid.step_count, steps), 'seeds', 'calls', 'TFLOP']
     rows = [header, ['---'] * len(header)]
     order = [recipe for recipe in recipes if recipe in tflop]
     for recipe in (*order, *sorted(tflop.keys() - set(recipes))):
         of_seeds = list(tflop[recipe].values())
         cells = (cell(recipe, number) for number in steps)
         spent = format_number(np.mean(of_seeds))
-        rows.append([f'`{recipe}`', *cells, f'{len(of_seeds)}', spent])
+        per_step = np.mean(calls.get(recipe, math.nan))
+        per_step = '' if math.isnan(per_step) else f'{per_step:.2g}'
+        rows.append([f'`{recipe}`', *cells, f'{len(of_seeds)}', per_step, spent])
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + '\n'
 
 

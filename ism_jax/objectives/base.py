@@ -149,6 +149,14 @@ class BaseObjective(abc.ABC):
             return time_grid.dyadic_schedule(steps, self.base_steps)
         return time_grid.equal_schedule(steps, self.base_steps)
 
+    def network_calls(self, steps: int, w: float) -> int:
+        """Network calls per sample, in equal steps at guidance scale w.
+
+        A call on 2 B samples, with and without labels, counts as two.
+        """
+        del w
+        return steps
+
     def clip_step(self, t, d):
         """Time and size of the part of a step after `start_time`."""
         start = jnp.maximum(t, self.start_time)

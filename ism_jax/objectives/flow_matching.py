@@ -53,6 +53,9 @@ class Objective(BaseObjective):
     def step_condition(self, d, w):
         return None if w else (0.0, 0.0)
 
+    def network_calls(self, steps, w):
+        return 2 * steps if w else steps
+
     @property
     def guidance_range(self) -> tuple[float, float]:
         return 0.0, math.inf if self.label_dropout else 0.0

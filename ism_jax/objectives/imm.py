@@ -139,6 +139,9 @@ class Objective(BaseObjective):
     def step_condition(self, d, w):
         return None  # The input of the network is scaled.
 
+    def network_calls(self, steps, w):
+        return 2 * steps if w else steps
+
     def sample(self, apply, params, noise, label, w, times, steps, key):
         if self.sampler == 'pushforward':
             return super().sample(apply, params, noise, label, w, times, steps, key)

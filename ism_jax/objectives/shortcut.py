@@ -146,6 +146,9 @@ class Objective(BaseObjective):
             return None
         return time_grid.embedded_step(d, self.base_steps), 0.0 * w
 
+    def network_calls(self, steps, w):
+        return 2 * steps if w and steps == self.base_steps else steps
+
     @property
     def batch_multiple(self) -> int:
         return self.bootstrap_every

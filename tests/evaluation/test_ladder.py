@@ -22,11 +22,11 @@ def test_the_table_has_a_row_per_recipe():
     other = {'recipe': 'another', 'seed': 0, 'steps': 4, 'fd': None, 'accuracy': 0.1}
     records = [*ladder_records(), other | {'trained_steps': 9}]
     header, _, *rows = ladder.format_table(records, ('sm', 'ism')).splitlines()
-    assert header == '| recipe | 1 step | 4 steps | seeds | TFLOP |'
+    assert header == '| recipe | 1 step | 4 steps | seeds | calls | TFLOP |'
     recipes = [row.split('`')[1] for row in rows]
     assert recipes == ['sm', 'ism', 'another', 'flow_matching']
-    assert '| 22.0 ± 0.577 (50%) | 25.0 ± 0.577 (50%) | 3 | 2.00 |' in rows[0]
-    assert rows[2] == '| `another` |  | NaN (10%) | 1 | NaN |'
+    assert '| 22.0 ± 0.577 (50%) | 25.0 ± 0.577 (50%) | 3 | 1 | 2.00 |' in rows[0]
+    assert rows[2] == '| `another` |  | NaN (10%) | 1 |  | NaN |'
 
 
 def test_numbers_have_three_digits():

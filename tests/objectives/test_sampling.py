@@ -148,3 +148,26 @@ def test_stochastic_samplers_reproduce_the_data(name, steps):
     ]
     assert abs(shifts[0]) < 0.015 and abs(shifts[1]) > 0.03
     assert sample.std() == pytest.approx(FLOW.class_std, rel=0.02)
+
+
+@pytest.mark.parametrize('name', [*DETERMINISTIC, 'flow_matching', 'consistency'])
+@pytest.mark.parametrize(('steps', 'guided'), [(2, False), (2, True), (128, True)])
+def test_network_calls_are_those_that_the_sampler_makes(name, steps, guided):
+    others = {'flow_matching': flow_matching.Objective(NULL), 'consistency': _ICT}
+    objective = others[name] if name in others else DETERMINISTIC[name][0]
+    w = min(objective.guidance_range[1], 1.0) if guided else objective.guidance_range[0]
+    evaluated = []
+
+    def network(_, x, *inputs):
+        jax.debug.callback(lambda x: evaluated.append(len(x)), x)
+        return 0.0 * x
+
+    size = 3
+    label = jnp.zeros((size,), int)
+    times = time_grid.times_and_sizes(objective.schedule(steps))
+    noise, key = jnp.zeros((size, *SHAPE)), jax.random.key(0)
+    jax.block_until_ready(
+        objective.sample(network, None, noise, label, jnp.full(size, w), *times, key)
+    )
+    jax.effects_barrier()
+    assert sum(evaluated) == size * objective.network_calls(steps, w)
