@@ -63,7 +63,9 @@ class Objective(BaseObjective):
         )
         in_use = jnp.arange(self.last_intervals) < intervals
         density = jnp.where(in_use, erf(upper) - erf(lower), 0.0)
-        index = jax.random.categorical(key, jnp.log(density), shape=batch.label.shape)
+        index = jax.random.choice(
+            key, self.last_intervals, batch.label.shape, p=density
+        )
 
         high, low = sigma[index + 1], sigma[index]
 
