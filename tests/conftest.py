@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 import secrets
 import sys
-import tempfile
+import time
 import types
 
 # Tests compile many small programs and run each of them a few times. Without LLVM's
@@ -18,12 +18,11 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Threads of XLA's CPU client, by default one per device. A device may wait in two
 # independent collectives at once; when all threads wait, the program never ends.
 os.environ.setdefault('NPROC', '32')
-# Many tests compile the same programs, so workers and child processes share a cache. It
-# is new for each session unless the environment names a folder.
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    _CACHE = tempfile.TemporaryDirectory(prefix='ism-jax-tests-')
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+# Compiling takes more time than anything else, so workers, child processes and later
+# sessions share their programs.
+CACHE = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'), 'ism_jax/tests')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(CACHE))
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import fsspec  # noqa: E402
 import jax  # noqa: E402
@@ -99,6 +98,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path in rank:
             item.add_marker(pytest.mark.long)
+
+
+def pytest_sessionfinish(session):
+    """Deletes the compiled programs that no test has used for a week."""
+    if hasattr(session.config, 'workerinput'):  # A worker; others may be compiling.
+        return
+    week_ago = time.time() - 7 * 24 * 3600
+    for program in CACHE.glob('*-cache'):
+        if program.stat().st_atime < week_ago:
+            program.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope='session', autouse=True)

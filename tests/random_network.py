@@ -1,5 +1,7 @@
 """A small network without zeros, so that every path counts, and its inputs."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -15,6 +17,16 @@ def random_params(model, seed=0):
     rng = np.random.default_rng(seed)
     leaves = [leaf + 0.1 * rng.normal(size=leaf.shape).astype('f') for leaf in leaves]
     return jax.tree.unflatten(tree, leaves)
+
+
+def apply(model, params, *inputs, **options):
+    """The network's output, compiled as one program."""
+    return _compiled(model)({'params': params}, *inputs, **options)
+
+
+@functools.cache
+def _compiled(model):
+    return jax.jit(model.apply, static_argnames='with_velocity')
 
 
 def random_inputs(batch=4, d=0.0, w=0.0):

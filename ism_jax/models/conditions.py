@@ -188,7 +188,8 @@ def init_params(
     zeros = jnp.zeros((1,))
     x, label = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
     options = dict(with_velocity=True) if model.velocity_head else {}
-    return model.init(key, x, zeros, zeros, zeros, label, **options)['params']
+    init = jax.jit(lambda *inputs: model.init(*inputs, **options))
+    return init(key, x, zeros, zeros, zeros, label)['params']
 
 
 def abstract_params(model: ConditionedNetwork, image_shape: tuple[int, int, int]):

@@ -12,6 +12,9 @@ SHAPE = (2, 2, 1)
 GUIDANCE = (0.0, 0.5, 3.5)
 MEANS = np.random.default_rng(5).normal(size=(NULL, *SHAPE))
 FLOW = GaussianFlow(MEANS, class_std=0.4, data_std=1.1)
+velocity_of, mean_velocity, flow_map = (
+    jax.jit(f) for f in (FLOW.velocity, FLOW.mean_velocity, FLOW.flow_map)
+)
 
 
 def _inputs(size, seed=0):
@@ -45,9 +48,7 @@ def _posterior_velocity(x, t, w, label):
 def test_flow_map_is_the_integral_of_the_velocity(w, label):
     x, t, d, _, _ = _inputs(24, seed=label)
     size = len(t)
-    moved = jax.jit(FLOW.flow_map)(
-        x, t, d, jnp.full(size, w), jnp.full(size, label, jnp.int32)
-    )
+    moved = flow_map(x, t, d, jnp.full(size, w), jnp.full(size, label, jnp.int32))
     for i in range(size):
         begin, end = float(t[i]), float(t[i]) + float(d[i])
         solution = integrate.solve_ivp(
@@ -75,7 +76,7 @@ def test_velocity_is_the_regression_of_data_minus_noise(t, known):
 
     x = jnp.asarray([-1.0, 2.0])[:, None, None, None] * jnp.ones((2, *SHAPE))
     label = jnp.full(2, 1 if known else NULL)
-    velocity = FLOW.velocity(x, jnp.full(2, t), jnp.zeros(2), label)[:, 0, 0, 0]
+    velocity = velocity_of(x, jnp.full(2, t), jnp.zeros(2), label)[:, 0, 0, 0]
     regression = slope * np.array([-1.0, 2.0]) + intercept
     np.testing.assert_allclose(velocity, regression, atol=0.015)
     assert np.ptp(velocity) > 0.3
@@ -84,10 +85,10 @@ def test_velocity_is_the_regression_of_data_minus_noise(t, known):
 def test_guidance_extrapolates_from_the_velocity_of_the_null_label():
     x, t, _, w, label = _inputs(64)
     zero, null = jnp.zeros_like(w), jnp.full_like(label, NULL)
-    conditional, unconditional = (FLOW.velocity(x, t, zero, c) for c in (label, null))
+    conditional, unconditional = (velocity_of(x, t, zero, c) for c in (label, null))
     scale = (1 + w)[:, None, None, None]
     np.testing.assert_allclose(
-        FLOW.velocity(x, t, w, label),
+        velocity_of(x, t, w, label),
         unconditional + scale * (conditional - unconditional),
         atol=1e-5,
     )
@@ -98,7 +99,7 @@ def test_guidance_extrapolates_from_the_velocity_of_the_null_label():
 def test_guidance_has_no_effect_on_the_null_label():
     x, t, d, w, label = _inputs(32)
     null = jnp.full_like(label, NULL)
-    for function in (FLOW.mean_velocity, lambda x, t, d, *a: FLOW.velocity(x, t, *a)):
+    for function in (mean_velocity, lambda x, t, d, *a: velocity_of(x, t, *a)):
         np.testing.assert_array_equal(
             function(x, t, d, w, null), function(x, t, d, 0 * w, null)
         )
@@ -110,11 +111,11 @@ def test_guidance_has_no_effect_on_the_null_label():
 def test_two_steps_compose_to_one():
     x, t, d, w, label = _inputs(256)
     first = 0.3 * d
-    middle = FLOW.flow_map(x, t, first, w, label)
-    end = FLOW.flow_map(middle, t + first, d - first, w, label)
-    expected = FLOW.flow_map(x, t, d, w, label)
+    middle = flow_map(x, t, first, w, label)
+    end = flow_map(middle, t + first, d - first, w, label)
+    expected = flow_map(x, t, d, w, label)
     np.testing.assert_allclose(end, expected, rtol=1e-5, atol=2e-5)
-    wrong = FLOW.flow_map(middle, t, d - first, w, label)
+    wrong = flow_map(middle, t, d - first, w, label)
     assert np.abs(wrong - expected).max() > 0.1
 
 
@@ -122,12 +123,12 @@ def test_map_carries_noise_to_the_data_of_the_class():
     """x0 + u(x0, 0, 1) = mu + s x0 without guidance."""
     x, _, _, _, label = _inputs(64)
     ones, zeros = jnp.ones(64), jnp.zeros(64)
-    moved = x + FLOW.apply(None, x, zeros, ones, zeros, label)
+    moved = x + mean_velocity(x, zeros, ones, zeros, label)
     null = (label == NULL)[:, None, None, None]
     mean = np.concatenate([MEANS, np.zeros((1, *SHAPE))])[label]
     expected = mean + np.where(null, FLOW.data_std, FLOW.class_std) * x
     np.testing.assert_allclose(moved, expected, atol=1e-5)
-    guided = x + FLOW.apply(None, x, zeros, ones, 2 * ones, label)
+    guided = x + mean_velocity(x, zeros, ones, 2 * ones, label)
     assert np.abs(guided - moved).max() > 0.1
 
 
@@ -136,17 +137,17 @@ def test_mean_velocity_is_smooth_at_step_size_zero():
     x, t, _, w, label = _inputs(64)
     t = 0.9 * t
     still = jnp.zeros_like(t)
-    velocity = FLOW.velocity(x, t, w, label)
+    velocity = velocity_of(x, t, w, label)
     _, total = jax.jvp(
-        lambda x, t: FLOW.velocity(x, t, w, label), (x, t), (velocity, jnp.ones_like(t))
+        lambda x, t: velocity_of(x, t, w, label), (x, t), (velocity, jnp.ones_like(t))
     )
     value, slope = jax.jvp(
-        lambda d: FLOW.apply(None, x, t, d, w, label), (still,), (jnp.ones_like(t),)
+        lambda d: mean_velocity(x, t, d, w, label), (still,), (jnp.ones_like(t),)
     )
     np.testing.assert_allclose(value, velocity, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(slope, total / 2, rtol=1e-4, atol=1e-4)
     for d in (1e-7, 1e-4, 1e-3):
-        near = FLOW.apply(None, x, t, still + d, w, label)
+        near = mean_velocity(x, t, still + d, w, label)
         second = 400 * d**2  # The next term of the series.
         np.testing.assert_allclose(near, value + d * slope, atol=2e-5 + second)
 
@@ -158,9 +159,9 @@ def test_meanflow_identity(transform):
     assert (d == 0).any() and (t + d == 1).any()
 
     def sides(x, t, d):
-        velocity = FLOW.velocity(x, t, w, label)
+        velocity = velocity_of(x, t, w, label)
         mean, slope = jax.jvp(
-            lambda x, t, d: FLOW.apply(None, x, t, d, w, label),
+            lambda x, t, d: mean_velocity(x, t, d, w, label),
             (x, t, d),
             (velocity, jnp.ones_like(t), -jnp.ones_like(d)),
         )
@@ -173,7 +174,7 @@ def test_meanflow_identity(transform):
 
 def test_gradients_are_finite_everywhere():
     x, t, d, w, label = _inputs(64)
-    loss = lambda *args: jnp.sum(FLOW.apply(None, *args, label) ** 2)
+    loss = lambda *args: jnp.sum(mean_velocity(*args, label) ** 2)
     for gradient in jax.grad(loss, argnums=(0, 1, 2, 3))(x, t, d, w):
         assert np.isfinite(gradient).all() and (gradient != 0).any()
 

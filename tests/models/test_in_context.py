@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_network import SHAPE, SMALL, random_inputs, random_params
+from random_network import SHAPE, SMALL, apply, random_inputs, random_params
 
 from ism_jax.models import conditions, in_context
 from ism_jax.runtime import sharding
@@ -76,7 +76,7 @@ def test_every_condition_acts_and_vanishes_where_it_should(step_embedding):
         x, times, d, w, labels = random_inputs(d=d, w=w)
         interval = jnp.tile(jnp.array([interval]), (4, 1))
         inputs = x, times / 2 + t, d, w, labels + label, interval
-        return model.apply({'params': params}, *inputs)
+        return apply(model, params, *inputs)
 
     base = out()
     for change in (dict(d=0.5), dict(w=1.0), dict(t=0.3), dict(label=1)):
@@ -87,8 +87,7 @@ def test_every_condition_acts_and_vanishes_where_it_should(step_embedding):
         without = params | {name: jax.tree.map(jnp.zeros_like, params[name])}
         inputs = random_inputs()
         np.testing.assert_array_equal(
-            model.apply({'params': without}, *inputs),
-            model.apply({'params': params}, *inputs),
+            apply(model, without, *inputs), apply(model, params, *inputs)
         )
 
 
@@ -98,7 +97,7 @@ def test_positions_are_seen():
     params = random_params(model)
     x, *rest = random_inputs()
     moved = np.roll(x, 2, axis=1)
-    out, other = (model.apply({'params': params}, a, *rest) for a in (x, moved))
+    out, other = (apply(model, params, a, *rest) for a in (x, moved))
     assert jnp.abs(jnp.roll(out, 2, axis=1) - other).max() > 1e-2
 
 
@@ -107,9 +106,9 @@ def test_bfloat16_and_the_velocity_head():
     params = conditions.init_params(model, SHAPE, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
     params = random_params(model)
-    coarse = model.apply({'params': params}, *random_inputs(d=0.5), with_velocity=True)
+    coarse = apply(model, params, *random_inputs(d=0.5), with_velocity=True)
     fine = _model(velocity_head=1)
-    fine = fine.apply({'params': params}, *random_inputs(d=0.5), with_velocity=True)
+    fine = apply(fine, params, *random_inputs(d=0.5), with_velocity=True)
     for a, b in zip(coarse, fine, strict=True):
         assert a.dtype == jnp.float32 and a.shape == (4, *SHAPE)
         assert 1e-5 < jnp.abs(a - b).max() / jnp.abs(b).max() < 0.1

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_network import SHAPE, SMALL, random_inputs, random_params
+from random_network import SHAPE, SMALL, apply, random_inputs, random_params
 
 from ism_jax.models import conditions, in_context, sit
 
@@ -79,7 +79,7 @@ def test_at_d_0_and_w_0_it_is_a_sit():
     model = sit.SiT(**SMALL)
     params = random_params(model)
     x, t, d, w, label = random_inputs()
-    ours = model.apply({'params': params}, x, t, d, w, label)
+    ours = apply(model, params, x, t, d, w, label)
     theirs = _numpy_sit(params, x, t, label, patch=2, heads=2)
     np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
 
@@ -94,8 +94,8 @@ def test_d_and_w_have_no_effect_at_initialisation_and_can_learn_one(
     zeros = np.zeros_like(d)
 
     def effect(params):
-        out = model.apply({'params': params}, x, t, d, w, label)
-        plain = model.apply({'params': params}, x, t, zeros, zeros, label)
+        out = apply(model, params, x, t, d, w, label)
+        plain = apply(model, params, x, t, zeros, zeros, label)
         return float(jnp.abs(out - plain).max())
 
     fresh = random_params(model)
@@ -116,7 +116,7 @@ def test_size_embedding_is_smooth_in_d():
     model = sit.SiT(**SMALL, step_embedding='size', time_scale=1.0)
     params = random_params(model)
     x, t, d, w, label = random_inputs()
-    out = lambda d: model.apply({'params': params}, x, t, d, w, label)
+    out = lambda d: apply(model, params, x, t, d, w, label)
     for at in (0.0, 0.3):
         start, direction = jnp.full_like(t, at), jnp.ones_like(t)
         value, slope = jax.jvp(out, (start,), (direction,))
@@ -127,7 +127,7 @@ def test_size_embedding_is_smooth_in_d():
     at_zero = out(jnp.zeros_like(t))
     no_embedding = jax.tree.map(jnp.zeros_like, params['step_embedding'])
     params = params | {'step_embedding': no_embedding}
-    without = model.apply({'params': params}, x, t, jnp.full_like(t, 0.5), w, label)
+    without = apply(model, params, x, t, jnp.full_like(t, 0.5), w, label)
     np.testing.assert_array_equal(at_zero, without)
 
 
@@ -138,15 +138,15 @@ def test_the_interval_acts_with_guidance_only(embedding):
 
     def out(w, start, end):
         interval = np.tile(np.array([[start, end]], 'f'), (4, 1))
-        return model.apply({'params': params}, *random_inputs(w=w), interval)
+        return apply(model, params, *random_inputs(w=w), interval)
 
     assert jnp.abs(out(1.5, 0.0, 1.0) - out(1.5, 0.3, 1.0)).max() > 1e-3
     assert jnp.abs(out(1.5, 0.0, 1.0) - out(1.5, 0.0, 0.7)).max() > 1e-3
     np.testing.assert_array_equal(out(0.0, 0.0, 1.0), out(0.0, 0.3, 0.7))
-    everywhere = model.apply({'params': params}, *random_inputs(w=1.5))
+    everywhere = apply(model, params, *random_inputs(w=1.5))
     np.testing.assert_array_equal(everywhere, out(1.5, 0.0, 1.0))
     # At w = 0 the network is the SiT of its other parameters.
-    plain = sit.SiT(**SMALL).apply({'params': params}, *random_inputs())
+    plain = apply(sit.SiT(**SMALL), params, *random_inputs())
     np.testing.assert_array_equal(out(0.0, 0.3, 0.7), plain)
 
 
@@ -156,8 +156,7 @@ def test_the_ratio_embedding_saturates_for_large_guidance():
         model = sit.SiT(**SMALL, guidance_embedding=embedding)
         params = random_params(model)
         outs[embedding] = [
-            model.apply({'params': params}, *random_inputs(w=w))
-            for w in (0.0, 100.0, 200.0)
+            apply(model, params, *random_inputs(w=w)) for w in (0.0, 100.0, 200.0)
         ]
     np.testing.assert_array_equal(outs['scale'][0], outs['ratio'][0])
     change = {name: jnp.abs(b - a).max() for name, (_, a, b) in outs.items()}
@@ -170,14 +169,14 @@ def test_the_velocity_head_shares_a_trunk():
     stacks = {n: p['qkv']['bias'].shape[0] for n, p in params.items() if 'blocks' in n}
     assert stacks == {'blocks': 1, 'mean_blocks': 2, 'velocity_blocks': 2}
     inputs = random_inputs(d=0.5, w=1.0)
-    mean = model.apply({'params': params}, *inputs)
-    both = model.apply({'params': params}, *inputs, with_velocity=True)
+    mean = apply(model, params, *inputs)
+    both = apply(model, params, *inputs, with_velocity=True)
     np.testing.assert_array_equal(both[0], mean)
     assert mean.shape == both[1].shape and jnp.abs(both[1] - mean).max() > 1e-3
 
     def norms(output):
         loss = lambda p: jnp.sum(
-            model.apply({'params': p}, *inputs, with_velocity=True)[output] ** 2
+            apply(model, p, *inputs, with_velocity=True)[output] ** 2
         )
         gradient = jax.grad(loss)(params)
         return {n: float(jnp.abs(gradient[n]['qkv']['bias']).max()) for n in stacks}
@@ -193,9 +192,7 @@ def test_the_velocity_head_shares_a_trunk():
     joined['blocks'] = jax.tree.map(
         lambda a, b: jnp.concatenate([a, b]), params['blocks'], params['mean_blocks']
     )
-    np.testing.assert_allclose(
-        whole.apply({'params': joined}, *inputs), both[0], atol=1e-4
-    )
+    np.testing.assert_allclose(apply(whole, joined, *inputs), both[0], atol=1e-4)
 
 
 def test_output_is_continuous_in_w_and_differs_between_step_sizes():
@@ -203,7 +200,7 @@ def test_output_is_continuous_in_w_and_differs_between_step_sizes():
     params = random_params(model)
 
     def out(d, w):
-        return model.apply({'params': params}, *random_inputs(d=d, w=w))
+        return apply(model, params, *random_inputs(d=d, w=w))
 
     assert jnp.abs(out(0, 1e-4) - out(0, 0)).max() < 1e-2
     levels = [out(2.0**-k, 0) for k in range(7)]
@@ -234,7 +231,7 @@ def test_remat_and_unrolling_keep_values_and_gradients(network, change):
     params = random_params(base)
 
     def loss(params, model):
-        out = model.apply({'params': params}, *random_inputs(d=0.25, w=1.0))
+        out = apply(model, params, *random_inputs(d=0.25, w=1.0))
         return jnp.sum(jnp.square(out))
 
     value, grad = jax.value_and_grad(loss)(params, base)
@@ -255,7 +252,7 @@ def test_remat_recomputes():
     def tanhs(**change):
         model = sit.SiT(**SMALL, **change)
         params = random_params(model)
-        loss = lambda p: model.apply({'params': p}, *random_inputs()).sum()
+        loss = lambda p: apply(model, p, *random_inputs()).sum()
         return str(jax.make_jaxpr(jax.grad(loss))(params)).count('= tanh')
 
     assert (tanhs(), tanhs(remat='dots'), tanhs(remat='full')) == (1, 2, 2)
@@ -266,8 +263,8 @@ def test_bfloat16_rounds_the_computation_and_not_the_parameters():
     params = conditions.init_params(model, SHAPE, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('float32')}
     params = random_params(model)
-    coarse = model.apply({'params': params}, *random_inputs())
-    fine = sit.SiT(**SMALL).apply({'params': params}, *random_inputs())
+    coarse = apply(model, params, *random_inputs())
+    fine = apply(sit.SiT(**SMALL), params, *random_inputs())
     assert coarse.dtype == jnp.float32
     error = jnp.abs(coarse - fine).max() / jnp.abs(fine).max()
     assert 1e-5 < error < 0.1
@@ -281,7 +278,7 @@ def test_bfloat16_rounds_little_of_what_adds_up_over_the_layers():
 
     def gradient(dtype):
         model = sit.SiT(**size, dtype=dtype)
-        loss = lambda p: jnp.mean(jnp.square(model.apply({'params': p}, *inputs) - 1))
+        loss = lambda p: jnp.mean(jnp.square(apply(model, p, *inputs) - 1))
         return jax.jit(jax.grad(loss))(params)
 
     def norm(tree):

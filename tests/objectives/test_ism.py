@@ -31,8 +31,10 @@ def _batch(size=BATCH, seed=0):
     return Batch(jnp.asarray(noise), jnp.asarray(data), jnp.asarray(label))
 
 
-def _network(params, x, t, d, w, label):
+def _network(params, x, t, d, w, label, interval=None):
     """An arbitrary function of all inputs."""
+    if interval is not None:
+        t = t + w * (interval[:, 0] - 2 * interval[:, 1])
     scalar = params + jnp.sin(3 * t) + 2 * d + 0.3 * w + 0.7 * label
     return jnp.cos(x) * scalar[:, None, None, None]
 
@@ -41,19 +43,31 @@ class Recorder:
     """Calls the objective and records the network's calls and the errors."""
 
     def __init__(self, objective, batch, *, network=_network, key=0):
-        self.calls, self.errors = [], []
+        def run(batch, key):
+            calls, errors = [], []
 
-        def apply(params, x, t, d, w, label):
-            self.calls.append((params, x, t, d, w, label))
-            return network(params, x, t, d, w, label)
+            def apply(*inputs):
+                calls.append(inputs)
+                return network(*inputs)
 
-        def distance(error):
-            self.errors.append(error)
-            return jnp.mean(error**2, axis=(1, 2, 3)), {}
+            def distance(error):
+                errors.append(error)
+                return jnp.mean(error**2, axis=(1, 2, 3)), {}
 
-        options = dict(distance=distance, progress=0.0)
-        key = jax.random.key(key)
-        self.loss, self.metrics = objective(apply, 1.0, 2.0, batch, key, **options)
+            options = dict(distance=distance, progress=0.0)
+            loss, metrics = objective(apply, 1.0, 2.0, batch, key, **options)
+            return calls, errors, loss, metrics
+
+        # The inputs of a call within a derivative cannot leave a compiled function.
+        transform = (lambda f: f) if objective.has_forward_derivative else jax.jit
+        self.calls, self.errors, self.loss, self.metrics = transform(run)(
+            batch, jax.random.key(key)
+        )
+        self.student = self.calls[-1][1:]
+
+    def part(self, number):
+        """The student's inputs of one term, see `_take`."""
+        return [_take(a, (2, 1, 1), number) for a in self.student if a is not None]
 
 
 def _parts(batch, split=(2, 1, 1)):
@@ -345,33 +359,9 @@ def test_ism_targets_of_the_exact_guided_map():
     assert 1.5 < finest[0] / finest[1] < 2.7
 
 
-class _Calls:
-    """Records the calls of a network that may take an interval."""
-
-    def __init__(self, objective, batch, key=0):
-        self.calls, self.errors = [], []
-
-        def apply(params, x, t, d, w, label, interval=None):
-            self.calls.append((params, x, t, d, w, label, interval))
-            start = 0.0 if interval is None else interval[:, 0] - 2 * interval[:, 1]
-            return _network(params, x, t + w * start, d, w, label)
-
-        def distance(error):
-            self.errors.append(error)
-            return jnp.mean(error**2, axis=(1, 2, 3)), {}
-
-        self.loss, self.metrics = objective(
-            apply, 1.0, 2.0, batch, jax.random.key(key), distance=distance, progress=0.0
-        )
-        self.student = self.calls[-1][1:]
-
-    def part(self, number):
-        return [_take(a, (2, 1, 1), number) for a in self.student if a is not None]
-
-
 def test_the_guided_target_uses_the_network_at_w():
     batch = _batch()
-    record = _Calls(_objective(guidance_target='guided'), batch)
+    record = Recorder(_objective(guidance_target='guided'), batch)
     _, guided, _ = _parts(batch)
     x, t, d, w, label = record.part(1)
     null = np.full_like(label, NULL)
@@ -387,7 +377,7 @@ def test_the_interval_is_an_input_and_bounds_the_guidance():
     objective = _objective(interval='input')
     assert objective.conditions_on_interval
     assert objective.model_options == {'interval_input': True}
-    record = _Calls(objective, batch)
+    record = Recorder(objective, batch)
     assert all(call[6] is not None for call in record.calls)
     x, t, d, w, label, interval = record.part(1)
     start, end = interval.T
@@ -409,7 +399,7 @@ def test_the_interval_is_an_input_and_bounds_the_guidance():
 
 def test_null_labels_are_trained_without_guidance_in_all_terms():
     batch = _batch(256)
-    record = _Calls(_objective(null_share=0.3), batch)
+    record = Recorder(_objective(null_share=0.3), batch)
     for number in (1, 2):
         dropped = record.part(number)[4] == NULL
         assert 0.15 < dropped.mean() < 0.45
@@ -418,12 +408,12 @@ def test_null_labels_are_trained_without_guidance_in_all_terms():
     error = _network(1.0, x, t, d, w, label) - (batch.data - batch.noise)[guided]
     null = label == NULL
     np.testing.assert_allclose(record.errors[1][null], error[null], atol=1e-5)
-    assert (_Calls(_objective(), batch).part(1)[4] != NULL).all()
+    assert (Recorder(_objective(), batch).part(1)[4] != NULL).all()
 
 
 @pytest.mark.parametrize('draw, median', [('uniform', 1.75), ('log_uniform', 1.12)])
 def test_guidance_scales_are_drawn_continuously(draw, median):
-    record = _Calls(_objective(guidance_draw=draw), _batch(1024))
+    record = Recorder(_objective(guidance_draw=draw), _batch(1024))
     for number in (1, 2):
         w = record.part(number)[3]
         assert 0 <= w.min() and w.max() <= 3.5 and len(set(w.tolist())) > 250
@@ -432,7 +422,7 @@ def test_guidance_scales_are_drawn_continuously(draw, median):
 
 def test_errors_are_weighted_by_guidance_and_step_size():
     batch = _batch()
-    weighted = _Calls(_objective(guidance_power=2.0, step_power=0.5), batch)
+    weighted = Recorder(_objective(guidance_power=2.0, step_power=0.5), batch)
     squares = [np.mean(e**2, axis=(1, 2, 3)) for e in weighted.errors]
     expected = squares[0].mean()
     w = weighted.part(1)[3]
@@ -444,7 +434,7 @@ def test_errors_are_weighted_by_guidance_and_step_size():
 
 def test_times_may_be_logit_normal():
     options = dict(time_draw='logit_normal', time_mean=1.0, time_std=0.5)
-    record = _Calls(_objective(**options), _batch(1024))
+    record = Recorder(_objective(**options), _batch(1024))
     for number in (0, 1):
         t = record.part(number)[1]
         logit = np.log(t / (1 - t))
@@ -458,7 +448,7 @@ def test_steps_of_any_size_are_drawn(consistency, step_draw, mean):
     batch = _batch(1024)
     objective = _objective(consistency=consistency, step_draw=step_draw)
     assert not objective.dyadic and objective.min_batch == 4
-    record = _Calls(objective, batch)
+    record = Recorder(objective, batch)
     _, t, d, w, label = record.part(2)
     assert (t >= 0).all() and (d > 0).all() and (t + d <= 1).all()
     assert len(set(d.tolist())) == len(d)
