@@ -1,9 +1,9 @@
 """The table and the figure of an ablation, from its records.
 
 A record has the scores of one run at one number of sampling steps: a dict with
-`recipe`, `seed`, `steps`, `network_calls`, `fd`, `accuracy`, `trained_steps` and
-`step_gflop`, the GFLOP of a training step. Records of earlier versions have neither the
-network calls per sample nor the GFLOP.
+`recipe`, `seed`, `steps`, `network_calls` (per sample), `fd`, `accuracy`, `real_fd`,
+`trained_steps` and `step_gflop`, the GFLOP of a training step. Records of earlier
+versions have neither the network calls nor the GFLOP.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
     """A Markdown table with a row per recipe and a column per number of steps.
 
     The last columns have the network calls in one step, of which classifier-free
-    guidance takes two, and the FLOPs of the training.
+    guidance takes two, and the FLOPs of the training. A line below the table says if
+    the records have scores of different classifiers.
 
     Args:
       records: records of the ablation.
@@ -79,7 +80,16 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
         per_step = np.mean(calls.get(recipe, math.nan))
         per_step = '' if math.isnan(per_step) else f'{per_step:.2g}'
         rows.append([f'`{recipe}`', *cells, f'{len(of_seeds)}', per_step, spent])
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + '\n'
+    table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + '\n'
+    floors = {format_number(r['real_fd']) for r in records if 'real_fd' in r}
+    if len(floors) > 1:
+        # The classifier is trained anew in each --workdir, and not alike on all CPUs.
+        table += (
+            f'\nReal images score {" or ".join(sorted(floors))}, so not all rows were '
+            'scored by the same classifier with as many real images: they cannot be '
+            'compared.\n'
+        )
+    return table
 
 
 def format_mean(mean: float, error: float) -> str:

@@ -29,6 +29,14 @@ def test_the_table_has_a_row_per_recipe():
     assert rows[2] == '| `another` |  | NaN (10%) | 1 |  | NaN |'
 
 
+def test_rows_of_different_classifiers_are_not_compared():
+    sm, *rest = ladder_records()
+    same = ladder.format_table([sm | {'real_fd': 0.354}, *rest], ())
+    assert 'Real images score' not in same
+    mixed = [sm | {'real_fd': 0.354}, *(r | {'real_fd': 0.372} for r in rest)]
+    assert 'Real images score 0.354 or 0.372, so' in ladder.format_table(mixed, ())
+
+
 def test_numbers_have_three_digits():
     numbers = (0, 0.01234, 1.234, 12.34, 1234.5, None, math.inf)
     expected = ['0.0', '0.0123', '1.23', '12.3', '1234', 'NaN', 'NaN']
