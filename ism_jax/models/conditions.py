@@ -188,6 +188,7 @@ def init_params(
     zeros = jnp.zeros((1,))
     x, label = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
     options = dict(with_velocity=True) if model.velocity_head else {}
+    # As one program; otherwise each operation is compiled alone.
     init = jax.jit(lambda *inputs: model.init(*inputs, **options))
     return init(key, x, zeros, zeros, zeros, label)['params']
 
