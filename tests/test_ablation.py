@@ -173,7 +173,7 @@ def test_the_summary_is_written_beside_the_records(module, tmp_path):
     table = ablation.write_summary(ladder_records(), module, tmp_path / 'ladder.json')
     lines = table.splitlines()
     assert [line.split('`')[1] for line in lines[2:]] == ['sm', 'ism', 'flow_matching']
-    assert '| 22.0 ± 0.577 (50%) | 25.0 ± 0.577 (50%) | 3 | 2.00 |' in lines[2]
+    assert '| 22.0 ± 0.577 (50%) | 25.0 ± 0.577 (50%) | 3 | 1 | 2.00 |' in lines[2]
     assert (tmp_path / 'ladder.png').read_bytes()[:4] == b'\x89PNG'
     assert (tmp_path / 'ladder.md').read_text() == table
     with pytest.raises(ValueError, match='no records'):
