@@ -54,11 +54,9 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
     """
     distance, accuracy = (summarize(records, field) for field in ('fd', 'accuracy'))
     steps = sorted({record['steps'] for record in records})
-    tflop, calls = {}, {}
+    calls = summarize([r for r in records if 'network_calls' in r], 'network_calls')
+    tflop = {}
     for record in records:
-        if record['steps'] == steps[0]:
-            per_step = record.get('network_calls', math.nan) / record['steps']
-            calls.setdefault(record['recipe'], []).append(per_step)
         of_recipe = tflop.setdefault(record['recipe'], {})
         of_recipe[record['seed']] = (
             record['trained_steps'] * record.get('step_gflop', math.nan) / 1000
@@ -77,8 +75,8 @@ def format_table(records: Sequence[dict], recipes: Sequence[str]) -> str:
         of_seeds = list(tflop[recipe].values())
         cells = (cell(recipe, number) for number in steps)
         spent = format_number(np.mean(of_seeds))
-        per_step = np.mean(calls.get(recipe, math.nan))
-        per_step = '' if math.isnan(per_step) else f'{per_step:.2g}'
+        first = calls.get((recipe, steps[0]))
+        per_step = f'{first[0] / steps[0]:.2g}' if first else ''
         rows.append([f'`{recipe}`', *cells, f'{len(of_seeds)}', per_step, spent])
     table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + '\n'
     floors = {format_number(r['real_fd']) for r in records if 'real_fd' in r}

@@ -6,7 +6,7 @@ call, so that targets are compared with the equations.
 
 import itertools
 
-from ideal_networks import batch_of, flow, square
+from ideal_networks import batch_of, flow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -334,24 +334,13 @@ def test_ism_targets_of_the_exact_guided_map():
             batch_split=(0, 0, 1),
             guidance_interval=0.0,
         )
-        calls, recorded = [], []
-
-        def apply(params, *inputs):
-            calls.append(inputs)
-            return flow(params, *inputs)
-
-        def distance(error):
-            recorded.append(np.abs(error).max((1, 2, 3)))
-            return square(error)
-
         batch = batch_of(jax.random.key(0), 512)
-        objective(
-            apply, None, None, batch, jax.random.key(1), distance=distance, progress=0.0
-        )
-        _, _, size, w, _ = calls[-1]
+        record = Recorder(objective, batch, network=flow, key=1)
+        _, _, size, w, _ = record.student
         assert len(set(np.asarray(w).tolist())) == 15
         fine = np.asarray(size) == 2 / base_steps
-        (error,) = recorded
+        (error,) = record.errors
+        error = np.abs(error).max((1, 2, 3))
         return error[~fine].max(), error[fine].mean()
 
     coarse, finest = zip(*map(errors, (64, 128)), strict=True)
@@ -471,17 +460,9 @@ def test_the_exact_map_is_the_target_of_steps_of_any_size(options, tolerance):
     objective = ism.Objective(
         num_classes=8, batch_split=(0, 0, 1), guidance_interval=0.0, **options
     )
-    recorded = []
-
-    def distance(error):
-        recorded.append(np.abs(error).max())
-        return square(error)
-
-    key = jax.random.key(1)
-    options = dict(distance=distance, progress=0.0)
     batch = batch_of(jax.random.key(0), 512)
-    objective(flow, None, None, batch, key, **options)
-    assert recorded[0] < tolerance
+    record = Recorder(objective, batch, network=flow, key=1)
+    assert np.abs(record.errors[0]).max() < tolerance
 
 
 @pytest.mark.parametrize('consistency', ['derivative', 'difference'])
