@@ -1,5 +1,6 @@
 """What the sources of encoded images (PNG, JPEG, ...) share: decoding and errors."""
 
+import abc
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -12,7 +13,7 @@ from ism_jax.data import image_crop, source
 MAX_SKIPPED_IN_ROW = 100
 
 
-class EncodedSource(source.Source):
+class EncodedSource(source.Source, abc.ABC):
     """Base class of sources of encoded images, wherever they are stored.
 
     Images are cropped by `image_crop.center_crop`. A subclass has `encoded` and
@@ -67,9 +68,9 @@ class EncodedSource(source.Source):
             )
         raise last
 
+    @abc.abstractmethod
     def encoded(self, index: int) -> Path | BinaryIO:
         """Image `index` as a file in one of the formats that Pillow reads."""
-        raise NotImplementedError
 
     def _read(self, index: int) -> np.ndarray:
         size, _, channels = self.image_shape
