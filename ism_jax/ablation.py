@@ -21,8 +21,9 @@ samples, at most 1,000; more steps use the scale of the last of these. The score
 computed with different noise. If the network is conditioned on the guidance interval,
 that is chosen in the same way, at the chosen scale.
 
-Writes `--out`, a JSON list of all records, with the table (`.md`) and the plot (`.png`)
-beside it. `--summary` only rewrites the table and the plot.
+Writes `--out`, a JSON list of all records, with the table (`.md`), the plot (`.png`)
+and the classifier beside it. A classifier that is there scores the next runs, too: only
+then can they be compared. `--summary` only rewrites the table and the plot.
 
     python -m ism_jax.ablation --config configs/ablation.py --search \
         --candidates 27 --rungs 750x1,1500x1,3000x3 --keep 0.33
@@ -159,9 +160,7 @@ def run_all(
     waiting = [run for run in originals.values() if run not in results]
     log(f'{len(results)} of {len(originals)} runs are finished')
     if waiting:
-        # The classifier that all runs share is trained here, once.
-        source = make_source(configs[waiting[0]])
-        SampleScorer(source, None, cache_dir=workdir, seed=0, samples=2, log=log)
+        share_classifier(make_source(configs[waiting[0]]), workdir, out.parent, log)
     for run in waiting:
         prepare_folder(run_folder(workdir, run), texts[run])
 
@@ -180,6 +179,30 @@ def run_all(
             update_out()
     update_out()
     return failures
+
+
+def share_classifier(source, workdir: Path, folder: Path, log) -> None:
+    """Puts the classifier that scores all runs into `workdir`, and beside the records.
+
+    Trained on another processor it has other weights and other scores, so the one of
+    earlier records is used again. A new one is trained here, once.
+
+    Args:
+      source: the real images.
+      workdir: folder of the runs' folders.
+      folder: folder of the records.
+      log: called with progress messages.
+    """
+    copy_classifiers(folder, workdir)
+    SampleScorer(source, None, cache_dir=workdir, seed=0, samples=2, log=log)
+    copy_classifiers(workdir, folder)
+
+
+def copy_classifiers(source: Path, target: Path) -> None:
+    """Copies the classifiers that `target` lacks; their names tell their images."""
+    for path in source.glob('classifier-*.npz'):
+        if not (target / path.name).exists():
+            files.write_bytes(target / path.name, path.read_bytes())
 
 
 def run_folder(workdir: Path, run: Run) -> Path:

@@ -10,11 +10,12 @@ import subprocess
 import sys
 
 from ladder_records import ladder_records
+import numpy as np
 import pytest
 
 from ism_jax import ablation, train
 from ism_jax import config as config_lib
-from ism_jax.data import sources
+from ism_jax.data import array_source, sources
 from ism_jax.evaluation.records import write_records
 
 ROOT = Path(__file__).parent.parent
@@ -289,12 +290,29 @@ def test_finished_runs_are_kept_and_failures_are_reported(tmp_path, workdir):
     assert records[0]['step_gflop'] > 0
     assert [record['network_calls'] for record in records] == [1, 2]
 
+    # The classifier stays beside the records.
+    (kept,) = tmp_path.glob('classifier-*.npz')
+    assert kept.read_bytes() == (workdir / kept.name).read_bytes()
+
     # Finished runs do not run again, and their records stay.
     before = (workdir / 'sm_seed0' / 'log.txt').stat().st_mtime
     assert not run_all(['sm'])
     assert '1 of 1 runs are finished' in lines
     assert (workdir / 'sm_seed0' / 'log.txt').stat().st_mtime == before
     assert json.loads((tmp_path / 'out.json').read_text()) == records
+
+
+def test_the_classifier_of_earlier_records_scores_new_runs(tmp_path):
+    records, runs = tmp_path / 'results', tmp_path / 'runs'
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 8, 8, 1), np.uint8)
+    source = array_source.ArraySource('noise', images, np.arange(40) % 2, ['a', 'b'])
+    lines = []
+    for workdir in (runs, tmp_path / 'other_runs'):
+        ablation.share_classifier(source, workdir, records, lines.append)
+    assert sum('training on' in line for line in lines) == 1
+    (kept,) = records.glob('*')
+    assert 'other_runs' in lines[-1] and kept.name in lines[-1]
 
 
 SEARCHED = (
