@@ -138,8 +138,8 @@ def compile_program(lowered, experiment: Experiment, chip: chips.Chip) -> dict:
             'refused': reason.partition('RESOURCE_EXHAUSTED: ')[2],
         }
     seconds = time.perf_counter() - started
-    params = jax.tree.leaves(experiment.abstract_state().params)
-    program = compiled_program.read(compiled, [leaf.shape for leaf in params])
+    shapes = compiled_program.parameter_shapes(experiment.abstract_state().params)
+    program = compiled_program.read(compiled, shapes)
     return {'compile_seconds': seconds, **program.record(), **roofline(program, chip)}
 
 

@@ -117,8 +117,8 @@ def _compile_step(config, topology, classes=1000):
         image_shape=(side, side, config.data.channels),
     )
     compiled = experiment.lower_train_step().compile()
-    params = jax.tree.leaves(experiment.abstract_state().params)
-    program = compiled_program.read(compiled, [p.shape for p in params])
+    shapes = compiled_program.parameter_shapes(experiment.abstract_state().params)
+    program = compiled_program.read(compiled, shapes)
     chip = chips.parse(topology)
     return program, cost.make_plan(config, mesh.size, classes, chip)
 

@@ -1,6 +1,7 @@
 """What XLA compiled: memory, FLOPs, bytes and collectives of a program on each chip.
 
-    program = compiled_program.read(jitted.lower(*shapes).compile(), parameter_shapes)
+    shapes = compiled_program.parameter_shapes(params)
+    program = compiled_program.read(jitted.lower(params).compile(), shapes)
     program.collective_bytes('all-gather', 'activations')
 
 `cost_analysis` of JAX counts the body of a loop once. Here a body counts as often as it
@@ -156,28 +157,39 @@ class Program:
         ]
 
 
-def read(compiled, parameter_shapes: Iterable[tuple[int, ...]] = ()) -> Program:
+def read(compiled, shapes: Iterable[tuple[int, ...]] = ()) -> Program:
     """Reads a compiled program.
 
     Args:
       compiled: result of `jax.jit(f).lower(...).compile()`, for any kind of devices.
-      parameter_shapes: shapes of the network's parameters, to recognise them in
-        collectives.
+      shapes: shapes of the network's parameters, to recognise them in collectives; see
+        `parameter_shapes`.
     """
-    program = read_text(compiled.as_text(), parameter_shapes)
+    program = read_text(compiled.as_text(), shapes)
     return dataclasses.replace(program, memory=memory_parts(compiled))
 
 
-def read_text(text: str, parameter_shapes: Iterable[tuple[int, ...]] = ()) -> Program:
+def read_text(text: str, shapes: Iterable[tuple[int, ...]] = ()) -> Program:
     """`read`, from the text of a compiled program; its memory is unknown."""
     module = hlo.Module(text)
     executions = list(module.executions())
     return Program(
         memory={},
         operations=list(_operations(module, executions)),
-        collectives=_collectives(module, executions, set(map(tuple, parameter_shapes))),
+        collectives=_collectives(module, executions, set(map(tuple, shapes))),
         unknown_loops=len(module.unknown_loops),
     )
+
+
+def parameter_shapes(params) -> set[tuple[int, ...]]:
+    """Shapes of the parameters, and of the part of each that a chip holds.
+
+    Args:
+      params: tree of arrays, or of their shapes with shardings.
+    """
+    leaves = jax.tree.leaves(params)
+    parts = {leaf.sharding.shard_shape(leaf.shape) for leaf in leaves}
+    return parts | {leaf.shape for leaf in leaves}
 
 
 def memory_parts(compiled) -> dict[str, int]:
@@ -366,11 +378,11 @@ def _written_bytes(module, computation, root) -> float:
     return sum(array.bytes for array in root.outputs)
 
 
-def _collectives(module, executions, parameter_shapes) -> list[Collective]:
+def _collectives(module, executions, shapes) -> list[Collective]:
     """The collectives of a program, summed by kind, content and dtype."""
-    sizes = {math.prod(shape) for shape in parameter_shapes}
+    sizes = {math.prod(shape) for shape in shapes}
     # A scanned network computes with one layer of a stack at a time.
-    sizes |= {math.prod(s[1:]) for s in parameter_shapes if len(s) > 1}
+    sizes |= {math.prod(s[1:]) for s in shapes if len(s) > 1}
     totals = {}
     for execution in _issued(module, executions):
         instruction = execution.instruction
@@ -467,15 +479,15 @@ def wire_bytes(kind: str, size: float, members: int) -> float:
 def content_of(kind: str, larger, smaller_size: int, parameter_sizes: set[int]) -> str:
     """What a collective carries, by the sizes of its arrays.
 
-    An array with as many elements as a parameter, or as one layer of a stack, carries
-    gradients if the collective adds, else parameters. Partial sums of activations could
-    only be mistaken for gradients if they had as many elements as a parameter.
+    An array with as many elements as a parameter, as one layer of a stack, or as a
+    chip's part of either, carries gradients if the collective adds, else parameters.
+    Partial sums of activations with as many elements would be mistaken for gradients.
 
     Args:
       kind: see `Collective`.
       larger: the larger array of input and output.
       smaller_size: number of elements of the other one.
-      parameter_sizes: numbers of elements of the parameters and their layers.
+      parameter_sizes: numbers of elements of the parameters, layers and parts.
     """
     if larger.size == 1:
         return 'scalars'

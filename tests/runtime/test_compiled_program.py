@@ -93,6 +93,17 @@ def test_arrays_that_a_gpu_joins_are_told_apart():
     assert update.bytes == 2 * 2 * 128 + 4  # And the index.
 
 
+def test_the_part_of_a_parameter_on_a_chip_is_recognised(eight_devices):
+    """Where gradients are summed within a group first, only parts cross groups."""
+    split = NamedSharding(sharding.make_mesh(4, 2), P('fsdp'))
+    params = {'kernel': jax.ShapeDtypeStruct((32, 8), jnp.float32, sharding=split)}
+    shapes = compiled_program.parameter_shapes(params)
+    assert shapes == {(32, 8), (16, 8)}
+    text = (PROGRAMS / 'gpu_sums.txt').read_text()
+    found = _by_key(compiled_program.read_text(text, shapes))
+    assert found['all-reduce', 'gradients'].bytes == 2 * 128
+
+
 @functools.cache
 def _layers_with_sums():
     """Five layers on 8 devices, each with a product and an all-reduce of the mean."""
