@@ -107,7 +107,7 @@ FIELDS: dict[str, tuple[Any, str]] = {
     'train.stuck_after_seconds': (1200.0, 'print all stacks if a step takes longer; 0 for never'),
 
     'mesh.data': (-1, 'number of devices that split the batch; -1 for all that fsdp leaves'),
-    'mesh.fsdp': (1, 'number of devices that also split parameters, optimizer state and EMAs'),
+    'mesh.fsdp': (1, 'number of devices that also split parameters, optimizer state and EMAs; -1 for up to 8'),
 
     'log.every': (100, 'steps between logs of scalars'),
     'log.parameters': (True, 'print a table of all parameters at the start'),
@@ -339,6 +339,9 @@ def use_imagenet_latents(config, image_size: int) -> None:
         # transport cost of 128.
     )
     config.model.update(dtype='bfloat16', remat='dots')
+    # Each device then updates an eighth of the state. With 1, the optimizer and the EMAs
+    # move a quarter of all bytes of a step on 16 chips (docs/performance.md).
+    config.mesh.fsdp = -1
     config.scores.enabled = False
 
 

@@ -14,7 +14,7 @@ from ism_jax.evaluation import sample_scorer
 from ism_jax.method import time_grid, wavelet
 from ism_jax.models import attention, conditions, sit
 from ism_jax.objectives import alpha_flow
-from ism_jax.runtime import paths
+from ism_jax.runtime import paths, sharding
 from ism_jax.training import optimizer, writers
 
 
@@ -95,7 +95,11 @@ RULES = {
         'at least 1, or -1 for all devices that fsdp leaves',
         lambda v: v >= 1 or v == -1,
     ),
-    'mesh.fsdp': _at_least(1),
+    'mesh.fsdp': (
+        'at least 1, or -1 for the devices that data leaves, up to '
+        f'{sharding.MAX_GROUP} if that is -1 too',
+        lambda v: v >= 1 or v == -1,
+    ),
     'log.every': _at_least(1),
     'log.writer': (
         f"names of {', '.join(writers.KINDS)}, joined by commas, or ''",
@@ -583,17 +587,10 @@ def check_devices(config, device_count: int, process_count: int) -> None:
 
 
 def _device_problems(c, device_count, process_count) -> Iterator[str]:
-    data, fsdp = c.mesh.data, c.mesh.fsdp
-    if device_count % fsdp:
-        yield (
-            f'mesh.fsdp = {fsdp} does not divide the {device_count} devices; choose a '
-            'divisor'
-        )
-    if data != -1 and data * fsdp != device_count:
-        yield (
-            f'mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices '
-            f'{device_count}; set mesh.data = -1 to use all that fsdp leaves'
-        )
+    try:
+        sharding.mesh_shape(c.mesh.data, c.mesh.fsdp, device_count)
+    except ValueError as error:
+        yield str(error)
     size, parts = c.train.batch_size, c.train.accumulate
     if size // parts % device_count:
         yield (

@@ -71,15 +71,9 @@ def make_plan(
     Raises:
       ValueError: the mesh does not divide the devices.
     """
-    fsdp = config.mesh.fsdp
-    data = devices // fsdp if config.mesh.data == -1 else config.mesh.data
-    if data * fsdp != devices:
-        raise ValueError(
-            f'mesh.data = {config.mesh.data} times mesh.fsdp = {fsdp} is not the '
-            f'number of devices {devices}'
-        )
+    sizes = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, devices)
     mesh = jax.sharding.AbstractMesh(
-        (data, fsdp), ('data', 'fsdp'), (AxisType.Auto, AxisType.Auto)
+        sizes, ('data', 'fsdp'), (AxisType.Auto, AxisType.Auto)
     )
     side = config.data.image_size
     shape = (side, side, config.data.channels)
@@ -333,11 +327,12 @@ def advice(config, devices: int, num_classes: int, chip: chips.Chip) -> str:
 
 def _smaller_runs(config, devices: int):
     """Changes of a config that save memory, the cheapest in time first."""
-    splits = [n for n in range(config.mesh.fsdp, devices + 1) if devices % n == 0]
+    _, own = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, devices)
+    splits = [n for n in range(own, devices + 1) if devices % n == 0]
     for accumulate in (1, 2, 4, 8):
         for fsdp in splits:
             fields = {}
-            if fsdp != config.mesh.fsdp:
+            if fsdp != own:
                 fields |= {'mesh.data': -1, 'mesh.fsdp': fsdp}
             if accumulate > 1:
                 fields['train.accumulate'] = accumulate * config.train.accumulate

@@ -154,6 +154,16 @@ def test_a_slice_moves_parameters_and_not_activations(topology, data, fsdp):
     assert program.unknown_loops == 0
 
 
+@pytest.mark.tpu_compile
+@has_libtpu
+@pytest.mark.parametrize('topology', ['v5e:4x4', 'v6e:4x4', 'v5p:2x2x4', 'v5p:4x4x4'])
+def test_eight_chips_that_share_a_state_are_those_of_two_machines(topology):
+    mesh = sharding.make_mesh(-1, -1, devices=chips.devices(topology))
+    assert mesh.shape['fsdp'] == 8
+    for group in mesh.devices:
+        assert len({device.process_index for device in group}) == 2
+
+
 def _gke_command():
     """(topology, config) of launch/gke.yaml."""
     manifest = yaml.safe_load((ROOT / 'launch' / 'gke.yaml').read_text())

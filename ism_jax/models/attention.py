@@ -30,6 +30,17 @@ def implementation(name: str, platform: str, dtype, head_size: int) -> str:
     return 'cudnn' if fits and platform in ('gpu', 'cuda') else 'xla'
 
 
+def split_heads(qkv: jax.Array, num_heads: int) -> list[jax.Array]:
+    """Queries, keys and values [B, T, heads, head_size], of qkv [B, T, 3 width].
+
+    The three are split first. On TPUs an array whose last axis is a head of 72 channels
+    is padded to 128; splitting that one takes copies, 9 % of the time of a step of XL/2
+    (docs/performance.md).
+    """
+    parts = jnp.split(qkv, 3, axis=-1)
+    return [part.reshape(*part.shape[:-1], num_heads, -1) for part in parts]
+
+
 def attention(query, key, value, *, name: str, platform: str) -> jax.Array:
     """Attention of queries to keys and values, all [B, T, heads, head_size]."""
     chosen = implementation(name, platform, query.dtype, query.shape[-1])

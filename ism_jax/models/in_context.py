@@ -76,15 +76,15 @@ class Block(nn.Module):
 
         h = _norm('attention_norm')(x)
         qkv = layer(3 * width, name='qkv')(h)
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        query, key, value = attention.split_heads(qkv, self.num_heads)
         query, key = (
-            rotate(_norm(name)(qkv[:, :, i]), angles).astype(self.dtype)
-            for i, name in enumerate(('query_norm', 'key_norm'))
+            rotate(_norm(name)(part), angles).astype(self.dtype)
+            for name, part in (('query_norm', query), ('key_norm', key))
         )
         h = attention.attention(
             query,
             key,
-            qkv[:, :, 2],
+            value,
             name=self.attention,
             platform=self.batch_sharding.platform,
         )

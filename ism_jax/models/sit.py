@@ -98,11 +98,8 @@ class Block(nn.Module):
         )
         h = _modulated_norm(x, shift_a, scale_a)
         qkv = layer(3 * width, name='qkv')(h)
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         h = attention.attention(
-            qkv[:, :, 0],
-            qkv[:, :, 1],
-            qkv[:, :, 2],
+            *attention.split_heads(qkv, self.num_heads),
             name=self.attention,
             platform=self.batch_sharding.platform,
         )

@@ -100,11 +100,8 @@ class Attention(nn.Module):
         batch, height, width, features = x.shape
         h = _norm(x, 'norm').reshape(batch, height * width, features)
         qkv = layer(3 * features, name='qkv')(h)
-        qkv = qkv.reshape(*h.shape[:2], 3, self.num_heads, -1)
         h = attention.attention(
-            qkv[:, :, 0],
-            qkv[:, :, 1],
-            qkv[:, :, 2],
+            *attention.split_heads(qkv, self.num_heads),
             name=self.attention,
             platform=self.batch_sharding.platform,
         )

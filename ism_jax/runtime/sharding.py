@@ -21,6 +21,7 @@ import functools
 import math
 
 import jax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,31 +30,62 @@ import numpy as np
 # Smaller arrays (in elements) are replicated: gathering them costs more than a copy.
 MIN_SIZE_TO_SHARD = 2**12
 
+# Devices that share a state if the number is left open: the GPUs of most machines, and
+# neighbours on a TPU slice.
+MAX_GROUP = 8
+
 BATCH = P(('data', 'fsdp'))  # [B, ...]
 POOL = P(None, ('data', 'fsdp'))  # [K, M, ...]: each of the K batches is split.
+
+
+def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
+    """Returns the sizes of the axes of a mesh.
+
+    Args:
+      data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.
+      fsdp: size of the axis `fsdp`; -1 for the devices that `data` leaves, or, if that
+        is -1 as well, for up to `MAX_GROUP`.
+      devices: number of devices.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices; names the field.
+    """
+    if fsdp == -1:
+        fsdp = math.gcd(devices, MAX_GROUP) if data == -1 else max(1, devices // data)
+    if devices % fsdp:
+        raise ValueError(
+            f'mesh.fsdp = {fsdp} does not divide the {devices} devices; choose a '
+            'divisor'
+        )
+    if data == -1:
+        data = devices // fsdp
+    if data * fsdp != devices:
+        raise ValueError(
+            f'mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices '
+            f'{devices}; set mesh.data = -1 to use all that fsdp leaves'
+        )
+    return data, fsdp
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
     """Returns a `(data, fsdp)` mesh over all of `devices`, in the order of processes.
 
     Args:
-      data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.
-      fsdp: size of the axis `fsdp`.
+      data, fsdp: see `mesh_shape`.
       devices: None for all devices of all processes.
     """
     devices = jax.devices() if devices is None else devices
-    if data == -1:
-        data = len(devices) // fsdp
-    assert data * fsdp == len(devices), (data, fsdp, len(devices))
-    auto = (AxisType.Auto, AxisType.Auto)
-    mesh = jax.make_mesh((data, fsdp), ('data', 'fsdp'), auto, devices=devices)
-    if _is_in_process_order(mesh.devices):
-        return mesh
-    # JAX orders devices by their interconnect. Each process feeds consecutive rows of
-    # a batch, so the order of processes takes precedence.
-    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-    devices = np.array(devices).reshape(data, fsdp)
-    return jax.sharding.Mesh(devices, ('data', 'fsdp'), auto)
+    data, fsdp = mesh_shape(data, fsdp, len(devices))
+    # A group may be part of an axis of a slice, such as 8 chips of 4x4.
+    placed = mesh_utils.create_device_mesh(
+        (data, fsdp), devices, allow_split_physical_axes=True
+    )
+    if not _is_in_process_order(placed):
+        # JAX orders devices by their interconnect. Each process feeds consecutive rows
+        # of a batch, so the order of processes takes precedence.
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+        placed = np.array(devices).reshape(data, fsdp)
+    return jax.sharding.Mesh(placed, ('data', 'fsdp'), (AxisType.Auto, AxisType.Auto))
 
 
 def local_mesh() -> jax.sharding.Mesh:

@@ -32,6 +32,21 @@ def test_small_arrays_are_replicated_and_large_ones_split():
     assert sharding.leaf_spec((3, 5001), 8) == jax.P()
 
 
+@pytest.mark.parametrize(
+    'data, fsdp, devices, expected',
+    [
+        (-1, 1, 8, (8, 1)),
+        (-1, 4, 16, (4, 4)),
+        (2, -1, 32, (2, 16)),
+        (-1, -1, 1, (1, 1)),
+        (-1, -1, 6, (3, 2)),
+        (-1, -1, 64, (8, 8)),
+    ],
+)
+def test_sizes_of_a_mesh_may_be_left_open(data, fsdp, devices, expected):
+    assert sharding.mesh_shape(data, fsdp, devices) == expected
+
+
 @pytest.mark.parametrize('batch,split', [(16, True), (12, False), (1, False)])
 def test_batches_are_constrained_where_the_mesh_divides_them(batch, split):
     x = jnp.zeros((batch, 3))
