@@ -31,10 +31,10 @@ FREE = (
 FREE_CALLS = ('ConcatBitcast', 'AllocateBuffer', 'AssumeGatherIndicesInBound')
 # Parts of a train step by the names in the Python program; the first that matches.
 PARTS = (
-    ('MLP products', r'mlp_(in|out)/dot_general'),
+    ('MLP products', r'mlp_(in|out)/.*dot_general'),
     ('attention scores and values', r'BTNH|BNTS|BSNH|dot_product_attention|vmap\(\)/'),
-    ('qkv and projection products', r'(qkv|projection)/dot_general'),
-    ('modulation products', r'modulation/dot_general'),
+    ('qkv and projection products', r'(qkv|projection)/.*dot_general'),
+    ('modulation products', r'modulation/.*dot_general'),
     ('other work of the blocks', r'/blocks/|checkpoint|while/body'),
     ('embeddings, last layer, loss', r'SiT|jvp'),
     ('optimizer, EMAs, metrics', r'train_step'),

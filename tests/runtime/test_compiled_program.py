@@ -104,6 +104,22 @@ def test_the_part_of_a_parameter_on_a_chip_is_recognised(eight_devices):
     assert found['all-reduce', 'gradients'].bytes == 2 * 128
 
 
+@pytest.mark.parametrize(
+    'source, part',
+    [
+        ('blocks/mlp_in/checkpoint/dot_general', 'MLP products'),
+        ('blocks/qkv/checkpoint/dot_general', 'qkv and projection products'),
+        ('blocks/vmap(BTNH,BSNH->BNTS)/dot_general', 'attention scores and values'),
+        ('blocks/LayerNorm_0/reduce_sum', 'other work of the blocks'),
+    ],
+)
+def test_operations_are_told_apart_by_their_names_in_the_program(source, part):
+    source = f'jit(train_step)/jvp(SiT)/while/body/eval_jaxpr/checkpoint/{source}'
+    operation = compiled_program.Operation('fusion', source, 28, 0, 0, cycles=7)
+    program = compiled_program.Program({}, [operation], [], 0)
+    assert program.cycles_by_part() == {part: 1.0}
+
+
 @functools.cache
 def _layers_with_sums():
     """Five layers on 8 devices, each with a product and an all-reduce of the mean."""
