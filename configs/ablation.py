@@ -16,6 +16,8 @@ from ism_jax import config as config_lib
 SYSTEMS = config_lib.small_systems(data_std=0.63)
 RUNGS = config_lib.RUNGS
 RECIPES = config_lib.recipes(SYSTEMS)
+# The rungs, trained with guidance scales up to the largest that is sampled.
+CHANGED_RUNGS = *RUNGS[:2], *(f'{r}/objective.guidance_max=1.5' for r in RUNGS[2:])
 
 # The recipes of `--search`: `SEARCH_BASE`, changed by one option of each choice. An
 # option is what follows the name in a recipe: changes joined by slashes, '' for none.

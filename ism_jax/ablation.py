@@ -2,10 +2,10 @@ r"""Trains recipes with several seeds and compares them.
 
     python -m ism_jax.ablation --config configs/ablation.py --out results/ladder.json
 
-Trains and scores every recipe of the config file (its `RECIPES`) with every seed, each
-in separate processes. If a run fails, it is reported and the others continue. The
-same command resumes: finished runs are kept, unfinished ones resume from their last
-checkpoint.
+Trains and scores every recipe of the config file (its `RECIPES`, and `CHANGED_RUNGS` if
+it has them) with every seed, each in separate processes. If a run fails, it is reported
+and the others continue. The same command resumes: finished runs are kept, unfinished
+ones resume from their last checkpoint.
 
     --recipes sm,ism,ism/transport.epsilon=0.02/ema.target_decay=0.99
 
@@ -95,6 +95,16 @@ def load_config_file(path: Path):
             'get_config takes; give one such as configs/ablation.py'
         )
     return module
+
+
+def all_recipes(module) -> tuple[str, ...]:
+    """`RECIPES` of a config file and its `CHANGED_RUNGS`."""
+    return tuple(dict.fromkeys((*module.RECIPES, *changed_rungs(module))))
+
+
+def changed_rungs(module) -> tuple[str, ...]:
+    """`CHANGED_RUNGS` of a config file, recipes such as 'ism/x=y', or ()."""
+    return getattr(module, 'CHANGED_RUNGS', ())
 
 
 def resolve(module, recipe: str, changes: Sequence[str], seed: int):
@@ -440,10 +450,11 @@ def write_summary(records: Sequence[dict], module, out: Path) -> str:
     """
     if not records:
         raise ValueError(f'{out} has no records; finish a run without --summary first')
-    table = ladder.format_table(records, module.RECIPES)
+    table = ladder.format_table(records, all_recipes(module))
     files.write_bytes(out.with_suffix('.md'), table.encode())
     if {record['recipe'] for record in records} & {*module.RUNGS, *module.SYSTEMS}:
-        figure = ladder.plot(records, module.RUNGS, ('sm', 'best', *module.SYSTEMS))
+        systems = 'sm', 'best', *module.SYSTEMS
+        figure = ladder.plot(records, module.RUNGS, systems, changed_rungs(module))
         figure.savefig(out.with_suffix('.png'), dpi=110)
     return table
 
@@ -557,7 +568,7 @@ def run_flags() -> None:
         return run_search(module, path, **options)
     failures = {}
     if not FLAGS.summary:
-        recipes = FLAGS.recipes or module.RECIPES
+        recipes = FLAGS.recipes or all_recipes(module)
         if FLAGS.equal_flops:
             resolve_recipe = lambda recipe: resolve(module, recipe, FLAGS.set, 0)
             recipes = recipe_search.with_equal_flops(
@@ -583,7 +594,7 @@ def run_flags() -> None:
 if __name__ == '__main__':
     FLAGS = flags.FLAGS
     flags.DEFINE_string('config', 'configs/ablation.py', 'Config file with RECIPES.')
-    flags.DEFINE_list('recipes', [], 'Recipes; all in the config file by default.')
+    flags.DEFINE_list('recipes', [], 'Recipes; all of the config file by default.')
     flags.DEFINE_string(
         'equal_flops', '', 'Recipe whose training FLOPs every recipe has.'
     )

@@ -54,6 +54,18 @@ def test_a_rung_changes_only_its_part(module, before, after, fields):
     assert _changed(*configs) == fields
 
 
+def test_the_second_ladder_changes_the_guidance_range_alone(module):
+    recipes = ablation.all_recipes(module)
+    assert recipes[: len(module.RECIPES)] == module.RECIPES
+    assert len(set(recipes)) == len(recipes) == len(module.RECIPES) + 5
+    for rung, changed in zip(module.RUNGS, module.CHANGED_RUNGS, strict=True):
+        configs = [ablation.resolve(module, r, (), 0) for r in (rung, changed)]
+        expected = {'objective.guidance_max'} if changed in recipes[-5:] else set()
+        assert _changed(*configs) == expected
+    largest = max(configs[1].sample.guidance)
+    assert configs[1].objective.guidance_max == largest
+
+
 def test_systems_share_data_and_budget(module):
     sm = ablation.resolve(module, 'sm', (), 0)
     first = ablation.resolve(module, '+intrinsic_guidance', (), 0)

@@ -105,7 +105,10 @@ def format_number(value: float | None) -> str:
 
 
 def plot(
-    records: Sequence[dict], rungs: Sequence[str], systems: Sequence[str]
+    records: Sequence[dict],
+    rungs: Sequence[str],
+    systems: Sequence[str],
+    changed_rungs: Sequence[str] = (),
 ) -> figures.Figure:
     """A figure of the ladder (left) and of the systems by sampling steps (right).
 
@@ -113,6 +116,7 @@ def plot(
       records: records of the ablation.
       rungs: recipes of the ladder, in order.
       systems: recipes to compare with 'ism' over the number of steps.
+      changed_rungs: the rungs as recipes 'rung' or 'rung/field=value', drawn dashed.
     """
     distance = summarize(records, 'fd')
     steps = sorted({record['steps'] for record in records})
@@ -120,8 +124,11 @@ def plot(
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     few = [number for number in (1, 4) if number in steps] or steps[:2]
     for number, color in zip(few, COLORS, strict=False):
-        cells = {x: distance.get((rung, number)) for x, rung in enumerate(rungs)}
-        _draw_line(left, cells, color=color, label=image_grid.step_count(number))
+        change = changed_rungs[-1].partition('/')[2] if changed_rungs else ''
+        for recipes, line, note in ((rungs, '-', ''), (changed_rungs, '--', change)):
+            cells = {x: distance.get((r, number)) for x, r in enumerate(recipes)}
+            label = ', '.join(filter(None, (image_grid.step_count(number), note)))
+            _draw_line(left, cells, color=color, ls=line, label=label)
     left.set_xticks(range(len(rungs)), rungs, rotation=20, ha='right')
     left.set_title('The ladder: each rung adds one part')
     for system, color in zip((*systems, 'ism'), itertools.cycle(COLORS), strict=False):

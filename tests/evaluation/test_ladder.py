@@ -52,3 +52,22 @@ def test_the_figure_has_a_line_per_number_of_steps_and_per_system():
     assert right.get_legend_handles_labels()[1] == ['sm', 'flow_matching', 'ism']
     means = left.containers[0].lines[0].get_ydata(orig=False)
     np.testing.assert_allclose(means, [22, 12])
+
+
+def test_rungs_with_a_change_are_drawn_beside_the_others():
+    changed = 'sm', 'ism/objective.guidance_max=1.5'
+    records = ladder_records()
+    records += [
+        r | {'recipe': changed[1], 'fd': r['fd'] / 2}
+        for r in records
+        if r['recipe'] == 'ism'
+    ]
+    left, _ = ladder.plot(records, ('sm', 'ism'), (), changed).axes
+    assert left.get_legend_handles_labels()[1] == [
+        '1 step',
+        '1 step, objective.guidance_max=1.5',
+        '4 steps',
+        '4 steps, objective.guidance_max=1.5',
+    ]
+    means = left.containers[1].lines[0].get_ydata(orig=False)
+    np.testing.assert_allclose(means, [22, 6])
