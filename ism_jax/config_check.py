@@ -577,6 +577,27 @@ def check_interval(objective, interval) -> None:
         )
 
 
+def mesh_shape(config, device_count: int) -> tuple[int, int]:
+    """Sizes (data, fsdp) of the mesh of a config.
+
+    Raises:
+      ValueError: it does not fill the devices; names the fields and the numbers.
+    """
+    data, fsdp = config.mesh.data, config.mesh.fsdp
+    shape = sharding.mesh_shape(data, fsdp, device_count)
+    if device_count % shape[1]:
+        raise ValueError(
+            f'mesh.fsdp = {fsdp} does not divide the {device_count} devices; choose a '
+            'divisor'
+        )
+    if math.prod(shape) != device_count:
+        raise ValueError(
+            f'mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices '
+            f'{device_count}; set mesh.data = -1 to use all that fsdp leaves'
+        )
+    return shape
+
+
 def check_devices(config, device_count: int, process_count: int) -> None:
     """Rejects a mesh or a batch that does not divide evenly.
 
@@ -588,7 +609,7 @@ def check_devices(config, device_count: int, process_count: int) -> None:
 
 def _device_problems(c, device_count, process_count) -> Iterator[str]:
     try:
-        sharding.mesh_shape(c.mesh.data, c.mesh.fsdp, device_count)
+        mesh_shape(c, device_count)
     except ValueError as error:
         yield str(error)
     size, parts = c.train.batch_size, c.train.accumulate

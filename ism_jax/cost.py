@@ -71,7 +71,7 @@ def make_plan(
     Raises:
       ValueError: the mesh does not divide the devices.
     """
-    sizes = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, devices)
+    sizes = config_check.mesh_shape(config, devices)
     mesh = jax.sharding.AbstractMesh(
         sizes, ('data', 'fsdp'), (AxisType.Auto, AxisType.Auto)
     )
@@ -327,7 +327,7 @@ def advice(config, devices: int, num_classes: int, chip: chips.Chip) -> str:
 
 def _smaller_runs(config, devices: int):
     """Changes of a config that save memory, the cheapest in time first."""
-    _, own = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, devices)
+    _, own = config_check.mesh_shape(config, devices)
     splits = [n for n in range(own, devices + 1) if devices % n == 0]
     for accumulate in (1, 2, 4, 8):
         for fsdp in splits:

@@ -39,32 +39,17 @@ POOL = P(None, ('data', 'fsdp'))  # [K, M, ...]: each of the K batches is split.
 
 
 def mesh_shape(data: int, fsdp: int, devices: int) -> tuple[int, int]:
-    """Returns the sizes of the axes of a mesh.
+    """Returns the sizes of the axes of a mesh; their product may not be `devices`.
 
     Args:
       data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.
       fsdp: size of the axis `fsdp`; -1 for the devices that `data` leaves, or, if that
         is -1 as well, for up to `MAX_GROUP`.
       devices: number of devices.
-
-    Raises:
-      ValueError: the sizes do not multiply to the number of devices; names the field.
     """
     if fsdp == -1:
         fsdp = math.gcd(devices, MAX_GROUP) if data == -1 else max(1, devices // data)
-    if devices % fsdp:
-        raise ValueError(
-            f'mesh.fsdp = {fsdp} does not divide the {devices} devices; choose a '
-            'divisor'
-        )
-    if data == -1:
-        data = devices // fsdp
-    if data * fsdp != devices:
-        raise ValueError(
-            f'mesh.data = {data} times mesh.fsdp = {fsdp} is not the number of devices '
-            f'{devices}; set mesh.data = -1 to use all that fsdp leaves'
-        )
-    return data, fsdp
+    return devices // fsdp if data == -1 else data, fsdp
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -76,6 +61,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp = mesh_shape(data, fsdp, len(devices))
+    assert data * fsdp == len(devices), (data, fsdp, len(devices))
     # A group may be part of an axis of a slice, such as 8 chips of 4x4.
     placed = mesh_utils.create_device_mesh(
         (data, fsdp), devices, allow_split_physical_axes=True
