@@ -5,10 +5,10 @@
     python -m ism_jax.ablation --config configs/ablation.py --search
 
 The first command trains every recipe with three seeds and writes the table of
-`docs/results.md`, in about 50 minutes on two CPU cores; the second trains one recipe.
+`docs/results.md`, in two to three hours on two CPU cores; the second trains one recipe.
 The third searches for better recipes among those of `SEARCH`.
 All recipes have the same network, budget, data and evaluation. Measured: `ism` has a
-Frechet distance of 20.6 in 1 step and 9.64 in 4 steps (`results/ladder.md` has all).
+Frechet distance of 20.0 in 1 step and 9.37 in 4 steps (`results/ladder.md` has all).
 """
 
 from ism_jax import config as config_lib

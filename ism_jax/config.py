@@ -24,8 +24,8 @@ CONDITIONS = ('step_embedding', 'time_scale', 'guidance_embedding', 'interval_in
 # Field -> (default, meaning). Defaults are the paper's; where the paper leaves a choice
 # open, the meaning says "open". A comment then has the Frechet distances in 1 / 4 steps
 # of `configs/ablation.py:ism` with other values; the defaults have 20.6 / 9.6
-# (`results/choices.json`, `results/ladder.json`; standard errors are about 1.5 / 0.8, so
-# most choices do not matter there). The options of `objective` are in
+# (`results/choices.json`, `results/ladder_1000_samples.json`; standard errors are about
+# 1.5 / 0.8, so most choices do not matter there). The options of `objective` are in
 # `ism_jax/objectives/`.
 # fmt: off
 FIELDS: dict[str, tuple[Any, str]] = {
