@@ -585,7 +585,7 @@ def mesh_shape(config, device_count: int) -> tuple[int, int]:
     """
     data, fsdp = config.mesh.data, config.mesh.fsdp
     shape = sharding.mesh_shape(data, fsdp, device_count)
-    if device_count % shape[1]:
+    if fsdp != -1 and device_count % fsdp:
         raise ValueError(
             f'mesh.fsdp = {fsdp} does not divide the {device_count} devices; choose a '
             'divisor'

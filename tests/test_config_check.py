@@ -207,6 +207,7 @@ def test_the_length_may_not_change_where_training_depends_on_it(change, reason):
     [
         ({'mesh.fsdp': 3}, 8, 1, 'mesh.fsdp = 3 does not divide the 8 devices'),
         ({'mesh.data': 3, 'mesh.fsdp': 2}, 8, 1, 'mesh.data = 3 times mesh.fsdp = 2'),
+        ({'mesh.data': 3, 'mesh.fsdp': -1}, 11, 1, 'mesh.data = 3 times mesh.fsdp ='),
         ({'train.batch_size': 36}, 8, 1, '8 devices; choose a multiple of 8'),
         ({'train.batch_size': 32, 'train.accumulate': 2}, 32, 1, 'a multiple of 64'),
         ({'train.batch_size': 32}, 1, 3, 'a multiple of the 3 processes'),

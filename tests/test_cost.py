@@ -143,6 +143,7 @@ def test_command_line_prints_the_plan(name):
     [
         ('imagenet256_ism_xl2', 'v5p', 16, 1, 19.36),
         ('imagenet256_ism_xl2', 'v5e', 16, 4, 7.09),
+        ('imagenet256_ism_xl2', 'v5p', 64, 8, 2.87),
     ],
 )
 def test_predicted_memory_is_that_of_compiled_programs(

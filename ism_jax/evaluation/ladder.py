@@ -123,11 +123,14 @@ def plot(
     figure = figures.Figure(figsize=(12, 4.6), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     few = [number for number in (1, 4) if number in steps] or steps[:2]
+    change = changed_rungs[-1].partition('/')[2] if changed_rungs else ''
     for number, color in zip(few, COLORS, strict=False):
-        change = changed_rungs[-1].partition('/')[2] if changed_rungs else ''
-        for recipes, line, note in ((rungs, '-', ''), (changed_rungs, '--', change)):
+        step_count = image_grid.step_count(number)
+        for recipes, line, label in (
+            (rungs, '-', step_count),
+            (changed_rungs, '--', f'{step_count}, {change}'),
+        ):
             cells = {x: distance.get((r, number)) for x, r in enumerate(recipes)}
-            label = ', '.join(filter(None, (image_grid.step_count(number), note)))
             _draw_line(left, cells, color=color, ls=line, label=label)
     left.set_xticks(range(len(rungs)), rungs, rotation=20, ha='right')
     left.set_title('The ladder: each rung adds one part')
